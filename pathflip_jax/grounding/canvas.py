@@ -11,6 +11,11 @@ from pathflip_jax.data.readers import guarded
 SLIDE_PIXELS = "pathflip_jax.data.readers.slide_pixels"  # imported by the process that reads slide files
 
 
+PANEL = 2.7  # inches across a heatmap of a figure
+DPI = 150  # of a figure
+FLATTEST, TALLEST = 0.4, 2.2  # height of a heatmap, in its widths
+
+
 class Canvas(NamedTuple):
     """Background of a heatmap: an image, and the position of its pixels on the slide (level 0)."""
 
@@ -27,6 +32,11 @@ def read_thumbnail(path, pixels: int = 1024) -> Canvas:
     facts, arrays = guarded.parse(f"{SLIDE_PIXELS}:thumbnail", path, pixels, memory=guarded.SLIDE_MEMORY)
     picture = arrays["picture"]
     return Canvas(picture, (0.0, 0.0), facts["width"] / picture.shape[1])
+
+
+def panel_pixels(width: float, height: float) -> int:
+    """Longer side, in pixels of the figure, of the heatmap of a slide of this size: the resolution that it can show."""
+    return round(PANEL * DPI * max(min(height / width, TALLEST), 1))
 
 
 def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, height=0, pixels: int = 1024) -> Canvas:

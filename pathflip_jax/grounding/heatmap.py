@@ -17,12 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pathflip_jax.data.readers.outlines import Polygon
-from pathflip_jax.grounding.canvas import Canvas, blank_canvas
+from pathflip_jax.grounding.canvas import FLATTEST, PANEL, TALLEST, Canvas, blank_canvas
 from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
 COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour blindness
 OPACITY = 0.62
-PANEL = 2.7  # inches
 TITLE_CHARACTERS, TITLE_LINE = 30, 0.17  # characters of a line of a panel's title, and its height in inches
 NOTE_CHARACTERS, NOTE_LINE = 42, 0.17  # the same of the note below a panel
 INK, MUTED = "#1d2530", "#5b6673"
@@ -77,7 +76,7 @@ def draw_panels(
     count = len(panels) + (reference is not None)
     across = min(count, 4)
     down = -(-count // across)
-    height = PANEL * min(max(rows / columns, 0.4), 2.2)
+    height = PANEL * min(max(rows / columns, FLATTEST), TALLEST)
     below = NOTE_LINE * (max((len(_note_lines(panel)) for panel in panels), default=1) - 1)
     room = 0.8 + below + TITLE_LINE * (max((len(_title_lines(panel)) for panel in panels), default=1) - 1)
     figure = Figure(figsize=(PANEL * across, (height + room) * down), layout="constrained")

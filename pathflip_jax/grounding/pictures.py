@@ -28,6 +28,10 @@ def write_atomically(path: Path, data: bytes) -> Path:
 
 def write_picture(path: Path, figure: "Figure", dpi: int) -> Path:
     """Write a figure as PNG."""
+    figure.set_dpi(dpi)
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")  # `savefig` would draw all of it twice, the first time for the layout alone
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, facecolor="white", pil_kwargs=FAST_PNG)
     return write_atomically(path, stream.getvalue())

@@ -8,7 +8,7 @@ import numpy as np
 
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.grounding.boxes import MIN_PATCHES, find_boxes, thresholds_of
-from pathflip_jax.grounding.canvas import Canvas
+from pathflip_jax.grounding.canvas import DPI, Canvas
 from pathflip_jax.grounding.files import FOR_READERS, as_facts, as_geojson, write_attention
 from pathflip_jax.grounding.heatmap import draw_grounding
 from pathflip_jax.grounding.maps import SMOOTH, Grounding
@@ -49,7 +49,7 @@ def write_grounding(
     counts = [sum(box.text == text for box in boxes) for text in grounding.texts]
     notes = [f"areas above {limit:.3g}: {count}" for limit, count in zip(limits, counts, strict=True)]
     picture = draw_grounding(grounding, canvas, outlines=outlines, notes=notes, smooth=smooth)
-    written: dict[str, str | list[str]] = {"picture": str(write_picture(out / f"{name}.png", picture, dpi=150))}
+    written: dict[str, str | list[str]] = {"picture": str(write_picture(out / f"{name}.png", picture, dpi=DPI))}
     stream = io.BytesIO()
     np.savez(
         stream, texts=grounding.texts, patch_scores=grounding.patch_scores, coords=grounding.coords,

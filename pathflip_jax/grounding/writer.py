@@ -5,16 +5,20 @@ file is read meanwhile, too, by the process that reads all slide files (`data/re
 """
 
 import importlib
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.grounding.canvas import SLIDE_PIXELS, read_thumbnail
+from pathflip_jax.grounding.canvas import SLIDE_PIXELS, Canvas, panel_pixels, read_thumbnail
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.placement import Measures, read_measures
 from pathflip_jax.grounding.top_patches import read_top_patches, write_patches
 from pathflip_jax.runtime import workers
+from pathflip_jax.runtime.collection import paused_collection
 
 TOP = 8  # best patches of a text
 
@@ -27,7 +31,7 @@ class GroundingWriter:
 
     def __init__(self) -> None:
         self._worker = workers.Worker()
-        self._worker.submit(importlib.import_module, "pathflip_jax.grounding.write")
+        self._worker.submit(_load)
         self._reader = ThreadPoolExecutor(1)
         self._reader.submit(guarded.start, SLIDE_PIXELS)
         self._opened: tuple[Path, Future, Future] | None = None  # slide file, its measures and its thumbnail
@@ -35,7 +39,8 @@ class GroundingWriter:
     def open(self, image: Path) -> None:
         """Begin to read a slide file. Its faults are raised by `measures`."""
         if self._opened is None or self._opened[0] != image:
-            self._opened = image, self._reader.submit(read_measures, image), self._reader.submit(read_thumbnail, image)
+            measures = self._reader.submit(read_measures, image)
+            self._opened = image, measures, self._reader.submit(_read_canvas, image, measures)
 
     def measures(self, image: Path) -> Measures:
         """Measures of a slide file. Raises OSError or ValueError, naming the file, if it is not a slide."""
@@ -73,8 +78,25 @@ class GroundingWriter:
         self._worker.stop()
 
 
+def _read_canvas(image: Path, measures: "Future[Measures]") -> Canvas:
+    found = measures.result()
+    return read_thumbnail(image, panel_pixels(found.width, found.height))
+
+
+# ---- in the second process ----
+
+
+def _load() -> None:
+    """Import what `write_grounding` needs, and draw once: the first figure loads fonts."""
+    with paused_collection():
+        write = importlib.import_module("pathflip_jax.grounding.write")
+        corner = np.array([[0, 0], [1, 1]])
+        with tempfile.TemporaryDirectory() as folder:
+            made = Grounding("", ("",), np.eye(2)[:1], np.zeros((1, 1)), corner, 1, 1.0, 2, 2, "")
+            write.write_grounding(Path(folder), made, canvas=Canvas(np.zeros((2, 2, 3), np.uint8), (0.0, 0.0), 1.0))
+
+
 def _write(out: Path, grounding: Grounding, settings: dict[str, Any]) -> dict[str, str | list[str]]:
-    """Write a grounding, in the second process."""
     from pathflip_jax.grounding.write import write_grounding
 
     return write_grounding(out, grounding, **settings)

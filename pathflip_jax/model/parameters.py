@@ -6,7 +6,6 @@ Checkpoints, conversion, sharding rules and masks all use the same names, such a
 
 import functools
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
 
 import jax
 from flax import nnx
@@ -16,8 +15,8 @@ from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import AlignmentModel, family_of
 
 
-def make_model(config: ModelConfig, rngs: nnx.Rngs) -> AlignmentModel:
-    """Model of the config's family with randomly initialised parameters."""
+def make_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> AlignmentModel:
+    """Model of the config's family with randomly initialised parameters, or zeros in their place without `rngs`."""
     return family_of(config).network(config, rngs)
 
 
@@ -42,12 +41,7 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.cache
 def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph definition and abstract state of a config's model; cached, as constructing a model takes a second."""
-
-    def make():
-        key = jax.random.key(0)  # the same for all parameters: drawing a key of its own for each takes most of the time
-        return make_model(config, SimpleNamespace(params=lambda: key))
-
-    return nnx.split(jax.eval_shape(make))
+    return nnx.split(jax.eval_shape(lambda: make_model(config)))
 
 
 def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
