@@ -24,7 +24,6 @@ def add(commands) -> None:
         commands,
         "prepare",
         _run,
-        "encode slides into records of patch features",
         "pathflip prepare slides/ --out records --slides slides.csv --shard 0/8",
         "pathflip prepare slides/ --out records --encoder uni_v2 --weights weights/uni2-h --half",
         *beam_examples("prepare /mnt/slides"),

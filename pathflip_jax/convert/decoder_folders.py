@@ -17,9 +17,9 @@ import numpy as np
 import safetensors
 
 from pathflip_jax.data.storage.atomic_files import atomic_file
-from pathflip_jax.data.storage.files import is_url
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.llm.config import DecoderConfig
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}

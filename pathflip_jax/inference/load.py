@@ -3,12 +3,12 @@
 import logging
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.data.storage.files import as_path, is_url
+from pathflip_jax.data.storage.files import as_path
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.inference.sources import choose, choose_one, find_sources
 from pathflip_jax.runs import bundled
 from pathflip_jax.runs.files import MODEL
-from pathflip_jax.runs.folder import load_run
 
 log = logging.getLogger(__name__)
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -33,6 +33,8 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
             log.warning("%s: %s", path, note)
         model, config, tokenizer = found.model, found.settings, found.tokenizer
     else:
+        from pathflip_jax.runs.folder import load_run  # with Orbax, which takes 0.3 s: exports need none
+
         model, config, tokenizer = load_run(path, which=which)
         if bert is not None or arguments or weights:
             raise ValueError(f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights")
