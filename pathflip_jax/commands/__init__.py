@@ -13,7 +13,7 @@ COMMANDS = {
     "doctor": "check versions, devices, memory, data and configs, and name the cure for each fault",
     "encoders": "list the registered patch encoders, or check a file or folder of weights",
     "prepare": "encode slides into records of patch features",
-    "import": "turn feature files of other tools into records",
+    "import": "turn feature files of CLAM, TRIDENT, LazySlide, slideflow and other tools into records",
     "split": "split a slide table by patient, balanced over labels and sites, or check an existing split",
     "vocabulary": "train a small WordPiece vocabulary on reports, for use without a BERT folder",
     "train": "train a model; options are settings of the config",
