@@ -40,7 +40,7 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
 from pathflip_jax.evaluate.colour import patch_colours
 from pathflip_jax.evaluate.prompt_files import read_prompts
-from pathflip_jax.grounding.heatmap import read_thumbnail
+from pathflip_jax.grounding.canvas import read_thumbnail
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.monitoring import metrics

@@ -8,13 +8,12 @@ process (`DeviceEncoder`, `vision_encoders`), and others from timm or a Hugging 
 """
 
 import difflib
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from scipy import ndimage
-from skimage.color import hed_from_rgb
 
 from pathflip_jax.vision.recipes import RECIPES, find_recipe, known_recipe
 
@@ -126,7 +125,6 @@ _SMALLEST = 32
 _PIXELS_AT_ONCE = 1 << 16  # size of a chunk's work arrays, which fit in the processor's cache
 _FILTERED_PIXELS_AT_ONCE = 1 << 15  # the same for the filters, which need some fifteen arrays
 _DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255.0).astype(np.float32)
-_SEPARATION = hed_from_rgb.astype(np.float32)
 
 
 class StainTexture:
@@ -172,7 +170,7 @@ class StainTexture:
 def _describe(patches: np.ndarray) -> np.ndarray:
     number = len(patches)
     density = _DENSITY[patches]
-    stains = (density @ _SEPARATION).transpose(3, 0, 1, 2)  # haematoxylin, eosin, residual
+    stains = (density @ _separation()).transpose(3, 0, 1, 2)  # haematoxylin, eosin, residual
     stains = np.maximum(stains, 0, order="C")  # [3, n, P, P]
     groups = [_stain(stains.reshape(3, number, -1))]
     grey = (density[..., 0] + density[..., 1] + density[..., 2]) / np.float32(3)
@@ -223,7 +221,17 @@ def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.einsum("nij,nij->n", first, second) / np.float32(first[0].size)
 
 
+@functools.cache
+def _separation() -> np.ndarray:
+    """Matrix from optical densities of red, green and blue to haematoxylin, eosin and the residual."""
+    from skimage.color import hed_from_rgb  # takes 0.2 s, spent only where patches are encoded
+
+    return hed_from_rgb.astype(np.float32)
+
+
 def _blur(images: np.ndarray) -> np.ndarray:
+    from scipy import ndimage  # likewise
+
     rows = ndimage.gaussian_filter1d(images, 1.0, axis=1, truncate=3.0)
     return ndimage.gaussian_filter1d(rows, 1.0, axis=2, truncate=3.0)
 

@@ -3,15 +3,15 @@
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from data_prep.device_batches import check_encoder
 from data_prep.device_pipeline import DevicePipeline
 from data_prep.encoders import DeviceEncoder, load_encoder, runs_on_device
+from data_prep.encoding_task import Encoded, Task
 from data_prep.jobs import Job, Outcome, prepare_slide, read_progress, read_remarks, remarks_path, worker_died
 from data_prep.pool import run_each
 from data_prep.recipe import claim_recipe, features_recipe
@@ -22,24 +22,6 @@ from pathflip_jax.data.records.records import finish_folder, shard_name
 from pathflip_jax.runtime.limits import processors
 
 _POLL = 0.2  # seconds between two looks at the progress of the slides
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Slide that was encoded into its folder, or the `error` of one that could not be; `notes` are for the user."""
-
-    slide_id: str
-    folder: Path
-    error: str = ""
-    notes: tuple[str, ...] = ()
-
-
-class Task(NamedTuple):
-    """Slide to encode: its id, its file, and the folder of records to write."""
-
-    slide_id: str
-    file: Path
-    folder: Path
 
 
 class SlideEncoder:

@@ -9,14 +9,13 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pathflip_jax.commands import COMMANDS
-from pathflip_jax.commands.options import WRONG_INPUT
-from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.commands import COMMANDS, WRONG_INPUT, add_command
 from pathflip_jax.data.storage.paths import refuse_undecodable
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.runtime import streams, ulimits
 from pathflip_jax.runtime.compilation import enable_compilation_cache
 
@@ -61,12 +60,18 @@ class Parser(argparse.ArgumentParser):
                     yield f"{name}: did you mean {close[0]}?"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of all subcommands; the --help of each shows an example."""
+def build_parser(wanted: Collection[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Parser of all subcommands; the --help of each shows an example.
+
+    Only the `wanted` ones get their options, which are declared in their modules; the others are merely listed.
+    """
     parser = Parser(prog="pathflip", description=f"Vision-language models for whole slide images. {RESEARCH_ONLY}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in COMMANDS:
-        command.add(commands)
+    for name, summary in COMMANDS.items():
+        if name in wanted:
+            add_command(commands, name)
+        else:
+            commands.add_parser(name, help=summary)
     return parser
 
 
@@ -98,7 +103,7 @@ def _run(argv: list[str]) -> int:
             from pathflip_jax.training.loop import main as train_main
 
             return train_main(argv[1:])
-        options = build_parser().parse_args(argv)
+        options = build_parser(argv[:1]).parse_args(argv)  # `pathflip` itself takes --help alone
         _refuse_urls(options, argv)
         options.command_line = argv
         enable_compilation_cache()

@@ -100,6 +100,26 @@ def test_a_wrong_option_of_train_shows_its_usage(option, meant, capsys):
     assert f"did you mean {meant}?" in said and "usage: pathflip train --config" in said
 
 
+def _imported_by(argv: list[str]) -> set[str]:
+    """Modules that a command line has imported when it ends, in a process of its own."""
+    code = f"import sys, pathflip_jax.cli as c\ntry: c.main({argv!r})\nexcept SystemExit: pass\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "unwanted"),
+    [
+        (["--help"], {"numpy", "jax", "pathflip_jax.commands.options"}),
+        (["grond"], {"numpy", "jax", "pathflip_jax.commands.options"}),
+        (["ground", "--help"], {"jax", "scipy", "matplotlib", "h5py", "pathflip_jax.commands.serve"}),
+    ],
+    ids=["help", "no-command", "help-of-a-command"],
+)
+def test_only_what_a_command_line_needs_is_imported(argv, unwanted):
+    assert _imported_by(argv) & unwanted == set()
+
+
 def test_the_command_line_starts_without_heavy_imports():
     """`pathflip --help` is fast; training does not load PyTorch, which TensorBoard's writer would."""
     code = (

@@ -11,6 +11,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.evaluate.tasks import map_scores
 from pathflip_jax.grounding import heatmap
+from pathflip_jax.grounding.canvas import canvas_of
 from pathflip_jax.inference.load import load
 from real_tissue_parts.mosaics import OUTLINES
 from real_tissue_parts.scores import median_slides
@@ -30,7 +31,7 @@ def draw_classes(places: Places, run: Path, scores: Path) -> list[Path]:
         found = map_scores.concept_scores(predictor, slide, {concept: texts[concept]}, **options)
         outline = of_concept(read_outlines(places.slides / OUTLINES / f"{slide_id}.geojson"), concept)
         file = places.slides / f"{slide_id}.tiff"
-        canvas = heatmap.canvas_of(slide, file if file.exists() else None)
+        canvas = canvas_of(slide, file if file.exists() else None)
         panel = heatmap.Panel(f"“{texts[concept][0]}”", found[0], outline, f"{concept}: ROC AUC {auc:.2f}")
         figure = heatmap.draw_panels(
             canvas, [panel], slide.coords, slide.patch_size, mpp=slide.mpp, heading=slide_id, reference=outline,

@@ -15,7 +15,6 @@ def add(commands) -> None:
         commands,
         "ask",
         _run,
-        "answer a question about a slide with a trained language model",
         'pathflip ask slides/S1.svs "Is there necrosis?" --checkpoint runs/lm2',
         'pathflip ask features/S1.h5 "What is the subtype?" --checkpoint runs/lm2 --options A=Ductal B=Lobular',
     )

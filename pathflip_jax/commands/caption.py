@@ -15,7 +15,6 @@ def add(commands) -> None:
         commands,
         "caption",
         _run,
-        "write a report of a slide with a trained language model",
         "pathflip caption slides/S1.svs --checkpoint runs/lm2",
         "pathflip caption records --slide-id S1 --checkpoint runs/lm2 --beams 3 --json",
     )

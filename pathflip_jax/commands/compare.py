@@ -12,7 +12,6 @@ def add(commands) -> None:
         commands,
         "compare",
         _run,
-        "compare evaluations of the same slides: paired differences to the first, with p-values",
         "pathflip compare scores/base scores/slide-loss --out compared",
     )
     parser.add_argument(

@@ -11,7 +11,6 @@ def add(commands) -> None:
         commands,
         "convert",
         _run,
-        "turn PyTorch weights (of a released model, or written by `pathflip export`) into a run folder",
         "pathflip convert epoch9.ckpt --bert biobert --out runs/released",
         "pathflip convert outputs/pathflip/checkpoint/pytorch_model.bin --bert clinicalbert --out runs/two",
         "pathflip convert finetune.ckpt --bert biobert --decoder Qwen3-0.6B --out runs/language",

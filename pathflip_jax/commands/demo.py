@@ -14,7 +14,6 @@ def add(commands) -> None:
         commands,
         "demo",
         _run,
-        "run the complete workflow on a synthetic cohort, from slides to report, in about ten minutes on two cores",
         "pathflip demo --out demo",
     )
     parser.add_argument("--out", type=local_path, default=Path("demo"), help="output folder (default demo)")

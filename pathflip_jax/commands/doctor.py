@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import WRONG_INPUT, add_fold_option, command, place
+from pathflip_jax.commands import WRONG_INPUT
+from pathflip_jax.commands.options import add_fold_option, command, place
 
 
 def add(commands) -> None:
@@ -12,7 +13,6 @@ def add(commands) -> None:
         commands,
         "doctor",
         _run,
-        "check versions, devices, memory, data and configs, and name the cure for each fault",
         "pathflip doctor --records records --slides slides.csv --texts reports.jsonl --tokenizer vocabulary "
         "--config align_base",
     )

@@ -13,7 +13,6 @@ def add(commands) -> None:
         commands,
         "embed",
         _run,
-        "embed every slide of a folder into one Parquet or AnnData file",
         "pathflip embed records --checkpoint runs/base --out embeddings.parquet",
         "pathflip embed slides --checkpoint runs/base --out embeddings.parquet",
         "pathflip embed records --checkpoint runs/base --slides slides.csv --level region --out regions.h5ad",

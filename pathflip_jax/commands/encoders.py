@@ -15,7 +15,6 @@ def add(commands) -> None:
         commands,
         "encoders",
         _run,
-        "list the registered patch encoders, or check a file or folder of weights",
         "pathflip encoders",
         "pathflip encoders --check weights/uni2-h",
     )

@@ -14,7 +14,6 @@ def add(commands) -> None:
         commands,
         "evaluate",
         _run,
-        "score a trained model: retrieval, zero-shot and few-shot classification, grounding; captions and answers",
         "pathflip evaluate runs/base --records records --texts reports.jsonl --slides slides.csv --out scores",
         "pathflip evaluate runs/base --records records --slides slides.csv --prompts tcga-rcc --few-shot --out scores",
         "pathflip evaluate runs/base --tasks benchmark.yaml --out scores",

@@ -2,7 +2,8 @@
 
 import argparse
 
-from pathflip_jax.commands.options import FAILED_SLIDES, command, local_path, path_text, place
+from pathflip_jax.commands import FAILED_SLIDES
+from pathflip_jax.commands.options import command, local_path, path_text, place
 
 
 def add(commands) -> None:
@@ -11,7 +12,6 @@ def add(commands) -> None:
         commands,
         "export",
         _run,
-        "export a trained model for PyTorch, transformers or PEFT, or records as feature files of TRIDENT",
         "pathflip export runs/base --to pytorch --out exported",
         "pathflip export runs/base --to huggingface --scores scores --out for_transformers",
         "pathflip export runs/lm2 --to peft --out adapter",

@@ -12,7 +12,6 @@ def add(commands) -> None:
         commands,
         "goodput",
         _run,
-        "report where the time of a run went, and how often to save",
         "pathflip goodput runs/base --preemptions-per-day 4",
     )
     parser.add_argument("run_folder", type=local_path, metavar="RUN", help="run folder; the run may still be training")

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pathflip_jax.commands.options import (
     RUN_HELP,
@@ -15,6 +15,10 @@ from pathflip_jax.commands.options import (
 )
 from pathflip_jax.commands.slide_sources import add_fact_options, add_source_options, print_failures, slide_reader
 from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.runtime.collection import paused_collection
+
+if TYPE_CHECKING:
+    from pathflip_jax.grounding.writer import GroundingWriter
 
 
 def add(commands) -> None:
@@ -23,7 +27,6 @@ def add(commands) -> None:
         commands,
         "ground",
         _run,
-        "map where on a slide a text matches",
         'pathflip ground slides/S1.svs "tumor necrosis" --checkpoint runs/base --out maps',
         'pathflip ground slides "tumor necrosis" --checkpoint runs/base --without artefacts --out maps',
         'pathflip ground features/S1.h5 "tumor necrosis" --checkpoint runs/base --image slides/S1.svs --out maps',
@@ -101,15 +104,25 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.grounding.spatialdata_file import require_spatialdata
-    from pathflip_jax.inference.load import load
+    from pathflip_jax.grounding.writer import GroundingWriter
 
     if options.top is not None and options.top < 1:
         raise ValueError(f"--top {options.top}: expected a number above 0")
     if options.spatialdata:
+        from pathflip_jax.grounding.spatialdata_file import require_spatialdata
+
         require_spatialdata()
-    predictor = load(options.checkpoint)
-    reader = slide_reader(options, predictor)
+    with GroundingWriter() as writer:
+        return _ground_all(options, writer)
+
+
+def _ground_all(options: argparse.Namespace, writer: "GroundingWriter") -> int:
+    """Ground the texts on all slides; returns the exit code."""
+    with paused_collection():
+        from pathflip_jax.inference.load import load
+
+        predictor = load(options.checkpoint)
+        reader = slide_reader(options, predictor)
     found = reader.find(options.slide, options.slide_id)
     alone = len(found.slides) + len(found.failed) == 1
     if options.image is not None and not alone:
@@ -117,12 +130,14 @@ def _run(options: argparse.Namespace) -> int:
             f"--image {options.image}: one slide file for {len(found.slides)} slides; choose one of them by "
             "--slide-id, or put slide files and features in one folder"
         )
+    if found.slides and (image := options.image or found.slides[0].image):
+        writer.open(image)
     if any(source.features is None for source in found.slides):  # a fault of the texts shows before slides are encoded
         predictor.check_query([*options.texts, *options.negative], options.method)
     failed, written, pages = list(found.failed), {}, []
     for source, slide in reader.read_each(found.slides, failed):
         try:
-            written[slide.slide_id] = _ground(options, predictor, slide, options.image or source.image, pages)
+            written[slide.slide_id] = _ground(options, predictor, slide, options.image or source.image, writer, pages)
         except (ValueError, OSError) as error:
             if alone:
                 raise
@@ -135,12 +150,11 @@ def _run(options: argparse.Namespace) -> int:
     return print_failures(failed)
 
 
-def _ground(options: argparse.Namespace, predictor, slide, image, pages: list) -> dict[str, Any]:
+def _ground(options: argparse.Namespace, predictor, slide, image, writer: "GroundingWriter", pages: list) -> dict:
     """Ground the texts on a slide and write its files, and add it to the `pages`, if any are asked for."""
     from pathflip_jax.grounding.patch_selection import select_patches
-    from pathflip_jax.grounding.placement import check_on_slide, check_same_slide, read_measures
-    from pathflip_jax.grounding.spatialdata_file import write_spatialdata
-    from pathflip_jax.grounding.write import write_grounding
+    from pathflip_jax.grounding.placement import check_on_slide, check_same_slide
+    from pathflip_jax.grounding.top_patches import TOP
 
     if options.top is not None and image is None:
         raise ValueError(f"--top {options.top}: expected --image, the slide file to cut patches from")
@@ -149,7 +163,7 @@ def _ground(options: argparse.Namespace, predictor, slide, image, pages: list) -
         if slide.width and slide.height:
             check_on_slide(slide, slide.width, slide.height, "the slide according to its feature file")
         if image is not None:
-            measures = read_measures(image)
+            measures = writer.measures(image)
             check_same_slide(slide, measures, image)
     bounds = (0, 0) if measures is None else measures.bounds
     grounding = predictor.ground(
@@ -164,11 +178,13 @@ def _ground(options: argparse.Namespace, predictor, slide, image, pages: list) -
 
         pages.append(PageSlide(slide.slide_id, image, lambda: grounding))
     areas = {name: getattr(options, name) for name in ("smooth", "min_patches")}
-    areas |= {"measures": measures, "threshold": options.threshold, "top": options.top or 8}
+    areas |= {"measures": measures, "threshold": options.threshold, "top": options.top or TOP}
     if options.threshold is None and options.negative:
         areas["threshold"] = 0.0
-    written = write_grounding(options.out, grounding, image=image, **areas)
+    written = writer.write(options.out, grounding, image=image, **areas)
     if options.spatialdata:
+        from pathflip_jax.grounding.spatialdata_file import write_spatialdata
+
         written["spatialdata"] = write_spatialdata(options.out, grounding, **areas)
     return written
 

@@ -20,10 +20,10 @@ def add(commands) -> None:
         commands,
         "import",
         _run,
-        f"turn feature files of {tools()} into records",
         "pathflip import features/ --out records --mpp 0.5",
         *beam_examples("import /mnt/features"),
     )
+    parser.description = f"Turn feature files of {tools()} into records."
     parser.add_argument(
         "features_folder", type=local_path, metavar="DIR", help=f"folder of feature files ({', '.join(extensions())})"
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pathflip_jax.commands import COMMANDS, FAILED_SLIDES
 from pathflip_jax.data.storage.files import Place, as_path
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.evaluate.spec import (
@@ -26,14 +27,14 @@ from pathflip_jax.inference.families import method_help
 from pathflip_jax.runs import bundled
 from pathflip_jax.runs.bounds import OPTIONS
 
-FAILED_SLIDES, WRONG_INPUT = 1, 2
 RUN_HELP = "run folder, hf://OWNER/NAME[@REVISION] on the Hugging Face hub" + "".join(
     f", or {name}, which comes with the package" for name in bundled.names()
 )
 
 
-def command(commands, name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:
-    """Declare a command, implemented by `run(options)`; each example is a complete command line."""
+def command(commands, name: str, run, *examples: str) -> argparse.ArgumentParser:
+    """Declare a command of `COMMANDS`, implemented by `run(options)`; each example is a complete command line."""
+    summary = COMMANDS[name]
     parser = commands.add_parser(
         name,
         help=summary,

@@ -19,7 +19,6 @@ def add(commands) -> None:
         commands,
         "report",
         _run,
-        "write slides with maps of where texts match, as a folder that opens in any browser",
         'pathflip report runs/base --records records --slides-dir slides --texts "tumor necrosis" "fat" --out page',
         'pathflip report runs/base --features features --texts "necrosis" --negative "normal tissue" --slide-ids S1 S2 '
         "--out page",

@@ -23,7 +23,6 @@ def add(commands) -> None:
         commands,
         "serve",
         _run,
-        "show slides in a browser: search them by text, see where a text matches, ask questions about them",
         "pathflip serve slides --checkpoint runs/base",
         "pathflip serve --slides slides --records records --checkpoint runs/base",
         "pathflip serve --slides slides --features features --checkpoint runs/base --embeddings embeddings.parquet "

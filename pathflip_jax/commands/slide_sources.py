@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from pathflip_jax.commands.options import FAILED_SLIDES, local_path, number, path_text, place
+from pathflip_jax.commands import FAILED_SLIDES
+from pathflip_jax.commands.options import local_path, number, path_text, place
 from pathflip_jax.data.storage.failures import Failure, list_failures
 
 

@@ -14,7 +14,6 @@ def add(commands) -> None:
         commands,
         "split",
         _run,
-        "split a slide table by patient, balanced over labels and sites, or check an existing split",
         "pathflip split slides.csv --shares 0.7 0.1 0.2 --out split.csv",
         "pathflip split slides.csv --label subtype --folds 5 --out folds",
         "pathflip split --check train=TCGA_RCC_train.csv test=TCGA_RCC_test.csv",

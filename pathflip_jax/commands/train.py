@@ -14,7 +14,6 @@ def add(commands) -> None:
         commands,
         "train",
         _run,
-        "train a model; options are settings of the config",
         "pathflip train --config align_base --config.data.records=records --workdir runs/base",
     )
 

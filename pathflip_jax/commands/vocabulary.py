@@ -11,7 +11,6 @@ def add(commands) -> None:
         commands,
         "vocabulary",
         _run,
-        "train a small WordPiece vocabulary on reports, for use without a BERT folder",
         "pathflip vocabulary reports.jsonl --slides slides.csv --split train --out vocabulary",
         "pathflip vocabulary reports.jsonl --slides slides.csv --split train --decoder 128 4 --out decoder",
     )

@@ -18,17 +18,16 @@ import numpy as np
 import safetensors
 
 from pathflip_jax.data.storage.atomic_files import atomic_file
-from pathflip_jax.data.storage.files import is_url
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.llm.config import DecoderConfig
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 COPY_AGAIN = "copy it again"
-# Files of a language run's export beside its decoder: projector, aligner, and the description of the run.
-PROJECTOR, ALIGNER, LANGUAGE = "projector.safetensors", "aligner", "pathflip_language.json"
+PROJECTOR = "projector.safetensors"  # of a language run's export
 
 
 def local_folder(place: str | Path) -> Path:

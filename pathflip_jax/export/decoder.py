@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from pathflip_jax.convert.decoder import save_decoder
-from pathflip_jax.convert.decoder_folders import ALIGNER, LANGUAGE, PROJECTOR, read_object, write_tensors
-from pathflip_jax.convert.exported import without_paths
+from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, write_tensors
+from pathflip_jax.convert.exported import ALIGNER, LANGUAGE, without_paths
 from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files

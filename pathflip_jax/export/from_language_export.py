@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pathflip_jax.convert.decoder_folders import ALIGNER, weights_hash
+from pathflip_jax.convert.decoder_folders import weights_hash
+from pathflip_jax.convert.exported import ALIGNER
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.inference.language_export import read_language_export

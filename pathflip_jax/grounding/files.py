@@ -4,18 +4,16 @@ Every file is written atomically.
 """
 
 import io
-import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
-from matplotlib.figure import Figure
 
 from pathflip_jax.data.readers.outlines import Polygon
-from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.grounding.boxes import Box
+from pathflip_jax.grounding.pictures import write_atomically
 
 # Distinguishable on pink tissue, with colour blindness too: Okabe and Ito's palette without yellow and grey.
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (148, 33, 146))
@@ -27,22 +25,9 @@ FOR_READERS = {
 }  # JSON that people also read
 
 
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write a file atomically."""
-    with atomic_file(path) as out:
-        out.write(data)
-    return path
-
-
 def colour_of(texts: Sequence[str], text: str) -> tuple[int, int, int]:
     """Colour (red, green, blue; 0 to 255) of one of several texts."""
     return COLOURS[list(texts).index(text) % len(COLOURS)]
-
-
-def short_name(number: int, text: str) -> str:
-    """File name for a text: its number among the texts, from 1, and its first words."""
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:16].strip("-")
-    return f"{number}-{words}" if words else str(number)
 
 
 def as_geojson(slide_id: str, texts: Sequence[str], boxes: Sequence[Box], bounds: tuple[int, int] = (0, 0)) -> dict:
@@ -120,11 +105,4 @@ def write_attention(path: Path, grounding, number: int) -> Path:
         coords.attrs["patch_size_level0"] = grounding.patch_size
         file.attrs["text"] = grounding.texts[number]
         file.attrs["method"] = grounding.method
-    return write_atomically(path, stream.getvalue())
-
-
-def write_picture(path: Path, figure: Figure, dpi: int) -> Path:
-    """Write a figure as PNG."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi, facecolor="white")
     return write_atomically(path, stream.getvalue())

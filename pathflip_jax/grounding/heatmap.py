@@ -7,7 +7,6 @@ users of the neighbours complain of"), so no function here takes a level or magn
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,55 +16,16 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pathflip_jax.data.readers import guarded
 from pathflip_jax.data.readers.outlines import Polygon
+from pathflip_jax.grounding.canvas import FLATTEST, PANEL, TALLEST, Canvas, blank_canvas
 from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
 COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour blindness
 OPACITY = 0.62
-PANEL = 2.7  # inches
 TITLE_CHARACTERS, TITLE_LINE = 30, 0.17  # characters of a line of a panel's title, and its height in inches
 NOTE_CHARACTERS, NOTE_LINE = 42, 0.17  # the same of the note below a panel
 INK, MUTED = "#1d2530", "#5b6673"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
-
-
-class Canvas(NamedTuple):
-    """Background of a heatmap: an image, and the position of its pixels on the slide (level 0)."""
-
-    picture: UInt8[np.ndarray, "h w 3"]
-    origin: tuple[float, float]
-    downsample: float
-
-
-def read_thumbnail(path, pixels: int = 1024) -> Canvas:
-    """Read a slide file as an image of at most `pixels` on its longer side, on the slide's background colour."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such slide file")
-    facts, arrays = guarded.parse(
-        "pathflip_jax.data.readers.slide_pixels:thumbnail", path, pixels, memory=guarded.SLIDE_MEMORY
-    )
-    picture = arrays["picture"]
-    return Canvas(picture, (0.0, 0.0), facts["width"] / picture.shape[1])
-
-
-def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, height=0, pixels: int = 1024) -> Canvas:
-    """White canvas for a slide without a slide file: the whole slide when its size is known, else its patches."""
-    if width and height:
-        low, high = np.zeros(2), np.array([width, height], float)
-    else:
-        low, high = coords.min(0) - float(patch_size), coords.max(0) + 2.0 * patch_size
-    downsample = max((high - low).max() / pixels, 1e-6)
-    columns, rows = np.maximum(np.ceil((high - low) / downsample).astype(int), 1)
-    return Canvas(np.full((rows, columns, 3), 255, np.uint8), (float(low[0]), float(low[1])), float(downsample))
-
-
-def canvas_of(slide, image=None) -> Canvas:
-    """Thumbnail of the slide file `image`, or without one a white canvas for `slide`, features or a `Grounding`."""
-    if image is None:
-        return blank_canvas(slide.coords, slide.patch_size, slide.width, slide.height)
-    return read_thumbnail(image)
 
 
 def paint(
@@ -116,7 +76,7 @@ def draw_panels(
     count = len(panels) + (reference is not None)
     across = min(count, 4)
     down = -(-count // across)
-    height = PANEL * min(max(rows / columns, 0.4), 2.2)
+    height = PANEL * min(max(rows / columns, FLATTEST), TALLEST)
     below = NOTE_LINE * (max((len(_note_lines(panel)) for panel in panels), default=1) - 1)
     room = 0.8 + below + TITLE_LINE * (max((len(_title_lines(panel)) for panel in panels), default=1) - 1)
     figure = Figure(figsize=(PANEL * across, (height + room) * down), layout="constrained")
@@ -128,10 +88,10 @@ def draw_panels(
         shown[0].imshow(canvas.picture, interpolation="antialiased")
         shown[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
         _draw_outline(shown[0], reference, canvas)
-    for axis, panel in zip(shown[count - len(panels) :], panels, strict=True):
-        heat = paint(panel.scores, coords, patch_size, canvas)
-        smoothed = smooth_covered(heat, smooth * patch_size / canvas.downsample)
-        _draw_panel(axis, panel, canvas, smoothed, below / height)
+    heats = np.stack([paint(panel.scores, coords, patch_size, canvas) for panel in panels])
+    heats = smooth_covered(heats, smooth * patch_size / canvas.downsample)
+    for axis, panel, heat in zip(shown[count - len(panels) :], panels, heats, strict=True):
+        _draw_panel(axis, panel, canvas, heat, below / height)
     for axis in shown:
         _draw_scale_bar(axis, canvas, mpp)
     return figure
@@ -163,30 +123,30 @@ def _draw_panel(axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w
 
 def draw_grounding(
     grounding,
-    image=None,
+    canvas: Canvas | None = None,
     outlines: dict[str, list[Polygon]] | None = None,
     notes: Sequence[str] | None = None,
     smooth: float = 0.0,
 ) -> Figure:
-    """Draw a `Grounding`: every text over the thumbnail of `image`, or over white without one.
+    """Draw a `Grounding`: every text over the thumbnail of its slide, or over white without one.
 
     `outlines` holds the areas of each text, drawn on its map, and `notes` a line of text under each map; `smooth` is
     that of `draw_panels`.
     """
-    canvas = canvas_of(grounding, image)
     lines, notes = outlines or {}, notes or [""] * len(grounding.texts)
     panels = [
         Panel(text, scores, lines.get(text, ()), note)
         for text, scores, note in zip(grounding.texts, grounding.patch_scores, notes, strict=True)
     ]
+    white = blank_canvas(grounding.coords, grounding.patch_size, grounding.width, grounding.height)
     return draw_panels(
-        canvas,
+        canvas or white,
         panels,
         grounding.coords,
         grounding.patch_size,
         mpp=grounding.mpp,
         heading=grounding.slide_id,
-        reference=None if image is None else (),
+        reference=None if canvas is None else (),
         smooth=smooth,
     )
 

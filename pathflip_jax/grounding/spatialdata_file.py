@@ -15,8 +15,8 @@ import numpy as np
 from pathflip_jax.grounding.boxes import MIN_PATCHES, Box
 from pathflip_jax.grounding.maps import SMOOTH, Grounding
 from pathflip_jax.grounding.placement import Measures
-from pathflip_jax.grounding.top_patches import top_patches
-from pathflip_jax.grounding.write import TOP, find_areas
+from pathflip_jax.grounding.top_patches import TOP, top_patches
+from pathflip_jax.grounding.write import find_areas
 
 KEY = "pathflip"  # of the facts in `attrs`
 _MARKS = ("zarr.json", ".zgroup")  # of a Zarr group, in versions 3 and 2

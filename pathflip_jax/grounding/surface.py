@@ -100,6 +100,8 @@ def smooth_covered(values: Float[np.ndarray, "*C h w"], sigma: float) -> Float[n
     if sigma <= 0:
         return values
     known = np.isfinite(values)
+    if values.ndim > 2 and (known == known[0]).all():  # texts on one slide: the weights are those of its patches
+        known = known[0]
 
     def spread(raster):
         return gaussian_filter(raster, sigma, mode="constant", truncate=TRUNCATE, axes=(-2, -1))

@@ -1,26 +1,27 @@
 """Highest-scoring patches of a text as images, for visual review of a map."""
 
 import io
-import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from matplotlib.figure import Figure
 from PIL import Image
 
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.grounding.files import short_name, write_atomically, write_picture
+from pathflip_jax.grounding.canvas import SLIDE_PIXELS
+from pathflip_jax.grounding.pictures import FAST_PNG, short_name, write_atomically
 
+TOP = 8  # best patches of a text
 PIXELS = 256  # pixels of an image's edge
-ACROSS = 8  # images per row of the sheet
-TILE, GAP, SCORE, TITLE = (
-    1.2,
-    0.08,
-    0.2,
-    0.3,
-)  # inches: image, gap, score below, title above
-INK, MUTED = "#1d2530", "#5b6673"
+
+
+class TopPatches(NamedTuple):
+    """The patches of a slide that match a text best, the best one first: their indices, and their pictures."""
+
+    indices: Int[np.ndarray, "n"]
+    pictures: UInt8[np.ndarray, "n pixels pixels 3"]
 
 
 def top_patches(
@@ -47,58 +48,38 @@ def read_patches(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
     corners = [(int(x), int(y)) for x, y in coords]
-    reader = "pathflip_jax.data.readers.slide_pixels:patches"
-    _, arrays = guarded.parse(reader, path, corners, int(patch_size), pixels, memory=guarded.SLIDE_MEMORY)
+    _, arrays = guarded.parse(
+        f"{SLIDE_PIXELS}:patches", path, corners, int(patch_size), pixels, memory=guarded.SLIDE_MEMORY
+    )
     return arrays["patches"]
 
 
-def write_top_patches(folder: Path, grounding, image, count: int, pixels: int = PIXELS) -> list[dict]:
-    """Write the top patches of every text, read from the slide file `image`, and a sheet of them with their scores.
-
-    `folder` gets `sheet.png` and a folder of PNG files for each text. Returns text, file, x, y and score of each.
-    """
-    rows, found = [], []
-    for number, text in enumerate(grounding.texts):
-        scores = grounding.patch_scores[number]
+def read_top_patches(grounding, image, count: int, pixels: int = PIXELS) -> list[TopPatches]:
+    """Read the `count` best patches of every text from the slide file `image`."""
+    found = []
+    for scores in grounding.patch_scores:
         chosen = top_patches(scores, grounding.coords, grounding.patch_size, count)
-        pictures = read_patches(image, grounding.coords[chosen], grounding.patch_size, pixels)
-        place = folder / short_name(number + 1, text)
-        place.mkdir(parents=True, exist_ok=True)
-        for rank, (i, picture) in enumerate(zip(chosen, pictures, strict=True), 1):
-            x, y = (int(v) for v in grounding.coords[i])
-            path = place / f"{rank:02d}_{x}_{y}.png"
-            stream = io.BytesIO()
-            Image.fromarray(picture).save(stream, "PNG")
-            write_atomically(path, stream.getvalue())
-            found.append({"text": text, "file": str(path), "x": x, "y": y, "score": float(scores[i])})
-        rows.append((text, pictures, scores[chosen]))
-    write_picture(folder / "sheet.png", draw_sheet(rows, grounding.slide_id), dpi=130)
+        found.append(TopPatches(chosen, read_patches(image, grounding.coords[chosen], grounding.patch_size, pixels)))
     return found
 
 
-def draw_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]], heading: str) -> Figure:
-    """Draw a sheet of images: for each text its patches, best first, with the score under each."""
-    across = min(ACROSS, max(len(pictures) for _, pictures, _ in rows))
-    lines = sum(-(-len(pictures) // across) for _, pictures, _ in rows)
-    width = max(across, 4) * (TILE + GAP) + GAP
-    height = TITLE * (1 + len(rows)) + (TILE + SCORE) * lines  # all sizes in inches
-    figure = Figure(figsize=(width, height))
-    figure.text(GAP / width, 1 - TITLE / 2 / height, heading, va="center", fontsize=8, color=MUTED)
-    top = height - TITLE
-    for text, pictures, scores in rows:
-        shown = textwrap.shorten(text, int(11 * width), placeholder=" ...")
-        middle = (top - TITLE / 2) / height
-        figure.text(GAP / width, middle, shown, va="center", fontsize=9, color=INK, weight="bold")
-        top -= TITLE
-        for first in range(0, len(pictures), across):
-            top -= TILE + SCORE
-            for column, (picture, score) in enumerate(
-                zip(pictures[first : first + across], scores[first : first + across], strict=True)
-            ):
-                left = GAP + column * (TILE + GAP)
-                axis = figure.add_axes((left / width, (top + SCORE) / height, TILE / width, TILE / height))
-                axis.set_axis_off()
-                axis.imshow(picture)
-                centre = ((left + TILE / 2) / width, (top + SCORE / 2) / height)
-                figure.text(*centre, f"{score:.3f}", ha="center", va="center", fontsize=7, color=MUTED)
-    return figure
+def list_patches(folder: Path, grounding, best: Sequence[TopPatches]) -> list[dict]:
+    """Text, file, x, y and score of every picture that `write_patches` writes into `folder`."""
+    found = []
+    for number, (text, scores, chosen) in enumerate(zip(grounding.texts, grounding.patch_scores, best, strict=True), 1):
+        for rank, i in enumerate(chosen.indices, 1):
+            x, y = (int(v) for v in grounding.coords[i])
+            file = folder / short_name(number, text) / f"{rank:02d}_{x}_{y}.png"
+            found.append({"text": text, "file": str(file), "x": x, "y": y, "score": float(scores[i])})
+    return found
+
+
+def write_patches(folder: Path, grounding, best: Sequence[TopPatches]) -> None:
+    """Write the pictures of the best patches of every text, in a folder for each text."""
+    pictures = (picture for found in best for picture in found.pictures)
+    for patch, picture in zip(list_patches(folder, grounding, best), pictures, strict=True):
+        path = Path(patch["file"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "PNG", **FAST_PNG)
+        write_atomically(path, stream.getvalue())

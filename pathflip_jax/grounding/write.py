@@ -1,6 +1,7 @@
 """Output files of `pathflip ground` for one slide."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,22 +9,15 @@ import numpy as np
 
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.grounding.boxes import MIN_PATCHES, Box, find_boxes, thresholds_of
-from pathflip_jax.grounding.files import (
-    FOR_READERS,
-    as_facts,
-    as_geojson,
-    short_name,
-    write_atomically,
-    write_attention,
-    write_picture,
-)
+from pathflip_jax.grounding.canvas import DPI, Canvas
+from pathflip_jax.grounding.files import FOR_READERS, as_facts, as_geojson, write_attention
 from pathflip_jax.grounding.heatmap import draw_grounding
 from pathflip_jax.grounding.maps import SMOOTH, Grounding
+from pathflip_jax.grounding.pictures import short_name, write_atomically, write_picture
 from pathflip_jax.grounding.placement import Measures
+from pathflip_jax.grounding.sheet import draw_sheet
 from pathflip_jax.grounding.surface import make_surface
-from pathflip_jax.grounding.top_patches import write_top_patches
-
-TOP = 8
+from pathflip_jax.grounding.top_patches import TopPatches, list_patches
 
 
 class Areas(NamedTuple):
@@ -49,19 +43,20 @@ def write_grounding(
     out: Path,
     grounding: Grounding,
     *,
-    image: Path | None = None,
+    canvas: Canvas | None = None,
+    best: Sequence[TopPatches] | None = None,
     measures: Measures | None = None,
     threshold: float | None = None,
     smooth: float = SMOOTH,
     min_patches: float = MIN_PATCHES,
-    top: int = TOP,
 ) -> dict[str, str | list[str]]:
     """Write a grounding into `out` and return the files by kind.
 
     `<slide>.png` (maps), `.npz` (scores of patches and regions), `.json` (boxes), `.geojson` (areas, for QuPath) and a
-    `_blockmap.h5` for each text (CLAM's format); with the slide file `image` and its `measures`, also the `top` patches
-    of each text in `patches/<slide>/`. `threshold`, `smooth` and `min_patches` are those of `find_boxes` and
-    `make_surface`.
+    `_blockmap.h5` for each text (CLAM's format). Of a slide file, its thumbnail `canvas` is drawn under the maps,
+    a sheet of the `best` patches of each text is written to `patches/<slide>/` (and listed with those that
+    `write_patches` writes), and its `measures` tell the resolution. `threshold`, `smooth` and `min_patches` are those
+    of `find_boxes` and `make_surface`.
     """
     name = grounding.slide_id
     out.mkdir(parents=True, exist_ok=True)
@@ -69,8 +64,8 @@ def write_grounding(
     outlines = {text: [ring for box in boxes if box.text == text for ring in box.outline] for text in grounding.texts}
     counts = [sum(box.text == text for box in boxes) for text in grounding.texts]
     notes = [f"areas above {limit:.3g}: {count}" for limit, count in zip(limits, counts, strict=True)]
-    picture = draw_grounding(grounding, image=image, outlines=outlines, notes=notes, smooth=smooth)
-    written: dict[str, str | list[str]] = {"picture": str(write_picture(out / f"{name}.png", picture, dpi=150))}
+    picture = draw_grounding(grounding, canvas, outlines=outlines, notes=notes, smooth=smooth)
+    written: dict[str, str | list[str]] = {"picture": str(write_picture(out / f"{name}.png", picture, dpi=DPI))}
     stream = io.BytesIO()
     np.savez(
         stream, texts=grounding.texts, patch_scores=grounding.patch_scores, coords=grounding.coords,
@@ -86,9 +81,11 @@ def write_grounding(
         str(write_attention(out / f"{name}_{short_name(number + 1, text)}_blockmap.h5", grounding, number))
         for number, text in enumerate(grounding.texts)
     ]
-    if image is not None:
-        facts["top_patches"] = write_top_patches(out / "patches" / name, grounding, image, top)
-        written["patches"] = [str(out / "patches" / name / "sheet.png"), *(p["file"] for p in facts["top_patches"])]
+    if best is not None:
+        folder = out / "patches" / name
+        facts["top_patches"] = list_patches(folder, grounding, best)
+        sheet = write_picture(folder / "sheet.png", draw_sheet(grounding, best), dpi=130)
+        written["patches"] = [str(sheet), *(patch["file"] for patch in facts["top_patches"])]
     written["json"] = str(out / f"{name}.json")
     write_json(out / f"{name}.json", facts, **FOR_READERS)
     return written

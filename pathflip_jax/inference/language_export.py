@@ -7,18 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pathflip_jax.convert.checkpoint_files import read_tensors
-from pathflip_jax.convert.decoder_folders import (
-    ALIGNER,
-    LANGUAGE,
-    PROJECTOR,
-    read_decoder_config,
-    read_object,
-    weights_hash,
-)
+from pathflip_jax.convert.decoder_folders import PROJECTOR, read_decoder_config, read_object, weights_hash
+from pathflip_jax.convert.exported import ALIGNER, LANGUAGE
 from pathflip_jax.convert.lora import SETTINGS, load_peft
 from pathflip_jax.convert.released import Released, load_released
 from pathflip_jax.convert.versions import READ, refusal, unknown_settings
-from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.llm.adapter import is_trained, split_names
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model.parameters import flatten
@@ -33,8 +27,8 @@ def is_language_export(source: str | Path) -> bool:
     folder = Path(source)
     if (folder / SETTINGS).is_file() and not (folder / LANGUAGE).is_file():
         raise ValueError(
-            f"{folder}: a PEFT adapter without projector and aligner (no {LANGUAGE}); start a training run from it with "
-            f"--config.lm.start={folder}, or export its original run again"
+            f"{folder}: a PEFT adapter without projector and aligner (no {LANGUAGE}); start a training run from it "
+            f"with --config.lm.start={folder}, or export its original run again"
         )
     return (folder / LANGUAGE).is_file()
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from pathflip_jax.convert.decoder import load_decoder
-from pathflip_jax.convert.decoder_folders import ALIGNER, PROJECTOR, weights_hash
+from pathflip_jax.convert.decoder_folders import PROJECTOR, weights_hash
+from pathflip_jax.convert.exported import ALIGNER
 from pathflip_jax.convert.lora import load_peft
 from pathflip_jax.convert.versions import refusal, signed, version_of
 from pathflip_jax.data.records.records import Records
@@ -150,7 +151,7 @@ def assemble(
 
 
 class _Parts(NamedTuple):
-    """Parts of a language run: its shape and settings, aligner's and trained parameters, decoder's folder, tokenizer."""
+    """Parts of a language run: shape, settings, the aligner's and the trained parameters, decoder folder, tokenizer."""
 
     shape: Shape
     config: dict

@@ -2,13 +2,13 @@
 
 import logging
 
-from pathflip_jax.convert.decoder_folders import ALIGNER, LANGUAGE
+from pathflip_jax.convert.exported import ALIGNER, LANGUAGE
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.data.storage.files import as_path, is_url
+from pathflip_jax.data.storage.files import as_path
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.inference.sources import choose, choose_one, find_sources
 from pathflip_jax.runs.files import MODEL
-from pathflip_jax.runs.folder import load_run
 from pathflip_jax.runs.places import find_run
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,12 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
             log.warning("%s: %s", path, note)
         model, config, tokenizer = found.model, found.settings, found.tokenizer
     else:
+        from pathflip_jax.runs.folder import load_run  # with Orbax, which takes 0.3 s: exports need none
+
         if not is_url(path) and (as_path(path) / LANGUAGE).exists():
             raise ValueError(
-                f"{name}: an export of a language run, for `pathflip caption` and `pathflip ask`; expected an alignment "
-                f"run, such as the one that embeds its slides, in its folder {ALIGNER}/"
+                f"{name}: an export of a language run, for `pathflip caption` and `pathflip ask`; expected an "
+                f"alignment run, such as the one that embeds its slides, in its folder {ALIGNER}/"
             )
         model, config, tokenizer = load_run(path, which=which)
         if bert is not None or arguments or weights:

@@ -6,12 +6,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
-from data_prep.recipe import write_imported_recipe
-from data_prep.slide_encoder import Encoded, SlideEncoder, Task
+from data_prep.encoding_task import Encoded, Task
+from data_prep.settings import PrepareSettings
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.large import open_slide
@@ -23,6 +23,9 @@ from pathflip_jax.inference.run_encoder import EncodedRun, settings_of_run
 from pathflip_jax.inference.slide_cache import CAPACITY, Entry, SlideCache, fingerprint
 from pathflip_jax.inference.sources import SlideSource, Sources, choose, find_sources
 from pathflip_jax.vision.recipes import registry_name
+
+if TYPE_CHECKING:
+    from data_prep.slide_encoder import SlideEncoder
 
 log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # to open an entry of the cache before it is removed again
@@ -63,14 +66,20 @@ class SlideReader:
         self._run, self.settings = run, settings or ReadingSettings()
 
     @cached_property
-    def _encoder(self) -> SlideEncoder:
+    def _how(self) -> PrepareSettings:
         own = self.settings
         how = settings_of_run(
             self._run, weights=own.weights, patch_size=own.patch_size, mpp=own.mpp, workers=own.workers
         )
+        return replace(how, min_tissue=own.min_tissue, keep_ink=own.keep_ink)
+
+    @cached_property
+    def _encoder(self) -> "SlideEncoder":
+        # With all that reads slides, which those in the cache do not need.
+        from data_prep.slide_encoder import SlideEncoder
+
         recipe = self._run.recipe
-        how = replace(how, min_tissue=own.min_tissue, keep_ink=own.keep_ink)
-        return SlideEncoder(how, recipe and replace(recipe, encoder=registry_name(recipe.encoder)))
+        return SlideEncoder(self._how, recipe and replace(recipe, encoder=registry_name(recipe.encoder)))
 
     @cached_property
     def cache(self) -> SlideCache:
@@ -196,7 +205,7 @@ class SlideReader:
 
     def _entry(self, source: SlideSource) -> Entry | Encoded:
         """Cache entry of a slide file, or the error of one that cannot be read."""
-        how, recipe, cache = self._encoder.settings, self._run.recipe, self.cache
+        how, recipe, cache = self._how, self._run.recipe, self.cache
         names = ("encoder", "half", "patch_size", "mpp", "assume_mpp", "min_tissue", "keep_ink", "icc", "dtype")
         facts = {name: value for name, value in how.of_records().items() if name in names}
         facts["encoder_version"] = recipe.encoder_version if recipe else ""
@@ -223,6 +232,8 @@ class SlideReader:
 
     def _import(self, source: SlideSource) -> Path:
         """Entry of a slide that holds the features of its feature file."""
+        from data_prep.recipe import write_imported_recipe
+
         entry = self.cache.entry(source.slide_id, source.place, {"known": self.settings.known})
         if self._is_sound(entry):
             return entry.folder

@@ -16,7 +16,8 @@ from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.recipe import read_recipe
 from pathflip_jax.data.records.records import Records, is_shard
 from pathflip_jax.data.storage.failures import Failure, preview
-from pathflip_jax.data.storage.files import Place, as_path, exists, is_url
+from pathflip_jax.data.storage.files import Place, as_path, exists
+from pathflip_jax.data.storage.urls import is_url
 
 CACHE_MARK = ".pathflip-slides"  # file in a cache of encoded slides, which is searched by nobody else
 

@@ -31,13 +31,23 @@ INITS: dict[str, Initializer] = {
 }
 
 
+def initial(init: Initializer, shape: tuple[int, ...], rngs: nnx.Rngs | None) -> Array:
+    """Initial value of a parameter; without `rngs` zeros, for a model of which only the structure is wanted."""
+    return jnp.zeros(shape) if rngs is None else init(rngs.params(), shape, jnp.float32)
+
+
+def uniform(bound: float) -> Initializer:
+    """Initialiser that draws from -bound to bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 class LowRank(nnx.Module):
     """LoRA adapter of a projection (arXiv 2106.09685); `b` is initialised to zero, so that it starts as a no-op."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, rate: float, rngs: nnx.Rngs) -> None:
         bound = 1 / math.sqrt(inputs)
         self.rate, self.scale = rate, alpha / rank
-        self.a = nnx.Param(jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound))
+        self.a = nnx.Param(initial(uniform(bound), (inputs, rank), rngs))
         self.b = nnx.Param(jnp.zeros((rank, outputs)))
 
     def __call__(self, x: Float[Array, "... I"], key: Array | None = None) -> Float[Array, "... O"]:
@@ -54,10 +64,10 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(INITS[init](rngs.params(), (inputs, outputs), jnp.float32))
+        self.kernel = nnx.Param(initial(INITS[init], (inputs, outputs), rngs))
         if init == "torch":
             bound = 1 / math.sqrt(inputs)
-            self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound))
+            self.bias = nnx.Param(initial(uniform(bound), (outputs,), rngs))
         else:
             self.bias = nnx.Param(jnp.zeros(outputs))
         self.lora: LowRank | None = nnx.data(None)
@@ -78,7 +88,7 @@ class Embedding(nnx.Module):
     """Embedding table, initialised as in BERT."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(INITS["bert"](rngs.params(), (rows, width), jnp.float32))
+        self.embedding = nnx.Param(initial(INITS["bert"], (rows, width), rngs))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... W"]:
         """[...] -> [..., W]."""

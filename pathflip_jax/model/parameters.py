@@ -5,7 +5,7 @@ Checkpoints, conversion, sharding rules and masks all use the same names, such a
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 from flax import nnx
@@ -15,8 +15,8 @@ from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import AlignmentModel, family_of
 
 
-def make_model(config: ModelConfig, rngs: nnx.Rngs) -> AlignmentModel:
-    """Model of the config's family with randomly initialised parameters."""
+def make_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> AlignmentModel:
+    """Model of the config's family with randomly initialised parameters, or zeros in their place without `rngs`."""
     return family_of(config).network(config, rngs)
 
 
@@ -25,18 +25,23 @@ def flatten(model: nnx.Module) -> dict[str, Array]:
 
     Optimizer moments, which have the same tree structure, flatten in the same way.
     """
-    return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def _name(path: Iterable) -> str:
+    return "/".join(map(str, path))
 
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter; nothing is computed."""
-    return jax.eval_shape(lambda: flatten(make_model(config, nnx.Rngs(0))))
+    """Name, shape and dtype of every parameter, in order of name; nothing is computed."""
+    _, state = _split_abstract(config)
+    return dict(sorted((_name(path), variable.get_value()) for path, variable in nnx.to_flat_state(state)))
 
 
 @functools.cache
 def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph definition and abstract state of a config's model; cached because every traced program needs them."""
-    return nnx.split(jax.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+    """Graph definition and abstract state of a config's model; cached, as constructing a model takes a second."""
+    return nnx.split(jax.eval_shape(lambda: make_model(config)))
 
 
 def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
@@ -46,7 +51,7 @@ def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
     """
     graph, state = _split_abstract(template) if isinstance(template, ModelConfig) else nnx.split(template)
     wanted = nnx.to_flat_state(state)
-    names = {"/".join(map(str, path)): (path, variable) for path, variable in wanted}
+    names = {_name(path): (path, variable) for path, variable in wanted}
     faults = [f"missing {name}" for name in names if name not in flat]
     faults += [f"unknown {name}" for name in flat if name not in names]
     faults += [

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.bert import Rows, TextEncoder
 from pathflip_jax.model.config import PathFLIP2Config
-from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, RMSNorm
+from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, RMSNorm, initial
 from pathflip_jax.model.pathflip import TORCH_EPS, SlideEncoding
 from pathflip_jax.ops.activations import gelu
 from pathflip_jax.ops.attention import softmax_where
@@ -149,7 +149,7 @@ class PathFLIP2(nnx.Module):
         self.config = config
         D, H = config.embed_dim, config.hidden
         self.patch_projection = Projection(config.feature_dim, D, config.dropout, rngs)
-        self.tokens = nnx.Param(jax.random.normal(rngs.params(), (1 + config.tokens, D)))
+        self.tokens = nnx.Param(initial(jax.random.normal, (1 + config.tokens, D), rngs))
         self.layers = nnx.List([TokenLayer(config, rngs) for _ in range(config.token_layers)])
         self.patch_decoder = Block(config, rngs)
         self.slide_projection = Projection(D, D, config.dropout, rngs)

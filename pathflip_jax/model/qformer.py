@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from pathflip_jax.model.bert import Bert, BertLayer, FeedForward, SelfAttention
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.cross_attention import CrossAttention
-from pathflip_jax.model.layers import INITS
+from pathflip_jax.model.layers import INITS, initial
 from pathflip_jax.ops.dropout import dropout, split_key
 
 
@@ -62,7 +62,7 @@ class QFormer(Bert):
     """Q-Former whose weights are shared by slide, regions and text."""
 
     def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
-        self.query_tokens = nnx.Param(INITS["bert"](rngs.params(), (config.num_queries, config.hidden), jnp.float32))
+        self.query_tokens = nnx.Param(initial(INITS["bert"], (config.num_queries, config.hidden), rngs))
         super().__init__(config, rngs, Layer)
 
     def read_patches(

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.runs.checksums import checksum_of_facts, checksums, verified
 from pathflip_jax.runs.files import BEST, CHECKPOINTS, run_folder
 from pathflip_jax.runtime import distributed

@@ -6,8 +6,9 @@ from pathlib import Path
 from etils import epath
 
 from pathflip_jax.convert.versions import READ, completed, refusal, signed, unknown_settings, version_of
-from pathflip_jax.data.storage.files import as_path, is_url, make_folder
+from pathflip_jax.data.storage.files import as_path, make_folder
 from pathflip_jax.data.storage.json_files import read_json, write_json
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.runs import bundled

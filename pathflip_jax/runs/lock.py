@@ -21,7 +21,8 @@ from pathlib import Path
 import jax
 
 from pathflip_jax.data.storage.atomic_files import atomic_file
-from pathflip_jax.data.storage.files import Place, as_path, is_url, make_folder, read_bytes, remove
+from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_bytes, remove
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.runtime import distributed
 
 LOCK = "run.lock"

@@ -1,7 +1,6 @@
 """Folder of a run by any of its names: a path, the name of a bundled run, or a repository of the Hugging Face hub."""
 
-from pathflip_jax.convert.decoder_folders import LANGUAGE
-from pathflip_jax.convert.exported import CONFIG, read_exported
+from pathflip_jax.convert.exported import CONFIG, LANGUAGE, read_exported
 from pathflip_jax.data.storage import hub
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.runs import bundled

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from pathflip_jax.convert.versions import git_revision
 from pathflip_jax.data.batches.pipeline import look_up
-from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.monitoring import goodput
 from pathflip_jax.monitoring.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
 from pathflip_jax.monitoring.profiling import profiled_steps

@@ -15,8 +15,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pathflip_jax.data.storage.files import as_path, exists, is_url
+from pathflip_jax.data.storage.files import as_path, exists
 from pathflip_jax.data.storage.paths import expand
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.runtime.config_files import bundled_configs, flat_settings, run_config_file
 from pathflip_jax.settings.fields import CURRENT_VALUE, Unrestricted
 from pathflip_jax.settings.kinds import LEGACY_VALUES, Kind, RunSettings, defaults, fields, flat, kind_of

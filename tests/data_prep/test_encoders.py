@@ -73,7 +73,7 @@ def test_descriptor_refuses_what_it_cannot_describe():
 
 def test_stains_are_those_of_scikit_image():
     patches = np.maximum(_patches(3, 64), 1)
-    stains = np.maximum(encoders._DENSITY[patches] @ encoders._SEPARATION, 0)
+    stains = np.maximum(encoders._DENSITY[patches] @ encoders._separation(), 0)
     np.testing.assert_allclose(stains, rgb2hed(patches) * -np.log(1e-6), atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pathflip_jax.data.readers.outlines import contains, read_outlines
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.grounding import files
+from pathflip_jax.grounding import files, pictures
 from pathflip_jax.grounding.boxes import find_boxes
 from pathflip_jax.grounding.surface import make_surface
 
@@ -75,9 +75,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_names_of_texts_are_file_names():
-    assert files.short_name(1, "Tumor necrosis, ../../etc/passwd") == "1-tumor-necrosis-e"
-    assert files.short_name(2, "壊死") == "2"
-    assert len(files.short_name(10, "word " * 100)) <= 19
+    assert pictures.short_name(1, "Tumor necrosis, ../../etc/passwd") == "1-tumor-necrosis-e"
+    assert pictures.short_name(2, "壊死") == "2"
+    assert len(pictures.short_name(10, "word " * 100)) <= 19
 
 
 def test_slides_that_tell_their_bounds_are_counted_from_there(found, boxes):

@@ -13,8 +13,9 @@ from matplotlib.colors import Normalize
 
 from pathflip_jax.data.readers.outlines import Polygon
 from pathflip_jax.grounding import heatmap
-from pathflip_jax.grounding.files import write_picture
-from pathflip_jax.grounding.heatmap import Canvas, Panel
+from pathflip_jax.grounding.canvas import Canvas, blank_canvas, read_thumbnail
+from pathflip_jax.grounding.heatmap import Panel
+from pathflip_jax.grounding.pictures import write_picture
 
 
 def slow_paint(scores, coords, patch_size, canvas):
@@ -58,7 +59,7 @@ def slide_file(tmp_path):
 @pytest.mark.parametrize("pixels", [960, 480, 333, 120])
 def test_the_hot_patch_covers_its_tissue(slide_file, pixels):
     """Pixels of the hot patch are the black pixels of the thumbnail, at every thumbnail size."""
-    canvas = heatmap.read_thumbnail(slide_file, pixels)
+    canvas = read_thumbnail(slide_file, pixels)
     assert max(canvas.picture.shape) == pixels
     x, y = np.meshgrid(np.arange(0, 960, 64), np.arange(0, 640, 64))
     coords = np.stack([x.ravel(), y.ravel()], 1)
@@ -79,13 +80,15 @@ def test_the_drawn_picture_glows_where_the_tissue_is(slide_file, tmp_path):
         width=960, height=640, slide_id="S1",
     )  # fmt: skip
     outline = {"a black square": [Polygon(np.array([[448, 192], [512, 192], [512, 256], [448, 256]], float))]}
-    write_picture(tmp_path / "with.png", heatmap.draw_grounding(grounding, slide_file, outline), dpi=150)
+    write_picture(
+        tmp_path / "with.png", heatmap.draw_grounding(grounding, read_thumbnail(slide_file), outline), dpi=150
+    )
     write_picture(tmp_path / "without.png", heatmap.draw_grounding(grounding), dpi=150)
     assert (tmp_path / "with.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     widths = [struct.unpack(">I", (tmp_path / n).read_bytes()[16:20])[0] for n in ("with.png", "without.png")]
     assert widths[0] == 2 * widths[1]  # the slide beside the map
 
-    canvas = heatmap.read_thumbnail(slide_file)
+    canvas = read_thumbnail(slide_file)
     figure = heatmap.draw_panels(canvas, [Panel("t", scores[0])], coords, 64, mpp=0.5, heading="S1")
     slide_axis, heat_axis = figure.axes[:2]
     painted = heat_axis.images[0].get_array()
@@ -116,10 +119,10 @@ def test_blend_leaves_bare_glass_grey():
 
 def test_a_canvas_without_a_slide_holds_every_patch():
     coords = np.array([[1000, 5000], [9000, 5256]])
-    canvas = heatmap.blank_canvas(coords, 256)
+    canvas = blank_canvas(coords, 256)
     heat = heatmap.paint(np.array([1.0, 2.0]), coords, 256, canvas)
     assert sorted(np.unique(heat[np.isfinite(heat)])) == [1.0, 2.0]
-    whole = heatmap.blank_canvas(coords, 256, width=20_000, height=10_000)
+    whole = blank_canvas(coords, 256, width=20_000, height=10_000)
     assert whole.origin == (0.0, 0.0) and whole.picture.shape[:2] == (512, 1024)
 
 
@@ -138,7 +141,7 @@ def test_scale_bar_is_as_long_as_it_says(mpp, downsample, columns, label):
 
 def test_a_constant_map_draws(tmp_path):
     coords = np.array([[0, 0], [10, 0]])
-    canvas = heatmap.blank_canvas(coords, 10)
+    canvas = blank_canvas(coords, 10)
     heatmap.draw_panels(canvas, [Panel("same", np.zeros(2))], coords, 10).savefig(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no patches"):
         heatmap.draw_panels(canvas, [Panel("none", np.zeros(0))], coords[:0], 10)
@@ -147,16 +150,16 @@ def test_a_constant_map_draws(tmp_path):
 def test_unreadable_slides_are_named(tmp_path):
     (tmp_path / "broken.tiff").write_bytes(b"II*\0 not a slide")
     with pytest.raises(ValueError, match=r"broken\.tiff"):
-        heatmap.read_thumbnail(tmp_path / "broken.tiff")
+        read_thumbnail(tmp_path / "broken.tiff")
     with pytest.raises(FileNotFoundError, match=r"gone\.svs"):
-        heatmap.read_thumbnail(tmp_path / "gone.svs")
+        read_thumbnail(tmp_path / "gone.svs")
 
 
 def test_a_real_slide():
     slide = Path(os.environ.get("PATHFLIP_TEST_DATA", "../shared/data")) / "slides/cmu-1-small-region.svs"
     if not slide.exists():
         pytest.skip(f"{slide} is not here; set PATHFLIP_TEST_DATA")
-    canvas = heatmap.read_thumbnail(slide, 512)
+    canvas = read_thumbnail(slide, 512)
     assert canvas.picture.shape == (512, 383, 3)
     assert canvas.downsample == pytest.approx(2967 / 512, rel=0.01)
 

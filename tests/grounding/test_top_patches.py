@@ -5,7 +5,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from pathflip_jax.grounding.top_patches import read_patches, top_patches, write_top_patches
+from pathflip_jax.grounding.pictures import write_picture
+from pathflip_jax.grounding.sheet import draw_sheet
+from pathflip_jax.grounding.top_patches import list_patches, read_patches, read_top_patches, top_patches, write_patches
 
 
 @pytest.fixture
@@ -45,7 +47,10 @@ def test_of_overlapping_patches_the_best_is_taken():
 def test_a_sheet_and_a_picture_of_each(slide_file, tmp_path, made):
     grid = np.stack(np.meshgrid(np.arange(15), np.arange(10)), -1).reshape(-1, 2)
     found = made(grid * 64, np.stack([grid[:, 0] + grid[:, 1] / 100, -grid[:, 1] - grid[:, 0] / 100]))
-    written = write_top_patches(tmp_path / "patches", found, slide_file, 3)
+    best = read_top_patches(found, slide_file, 3)
+    write_patches(tmp_path / "patches", found, best)
+    write_picture(tmp_path / "patches" / "sheet.png", draw_sheet(found, best), dpi=130)
+    written = list_patches(tmp_path / "patches", found, best)
     assert [(p["x"] // 64, p["y"] // 64) for p in written] == [(14, 9), (14, 8), (14, 7), (0, 0), (1, 0), (2, 0)]
     assert [p["text"] for p in written] == ["text 0"] * 3 + ["text 1"] * 3
     for patch in written:

@@ -78,6 +78,12 @@ class Reader:
         except _Fault as fault:
             raise fault.kind(f"{path}: {fault}") from None
 
+    def start(self, module: str) -> None:
+        """Start the worker before the first file, and let it import the module of the function that will read it."""
+        with self._lock:
+            self._process = self._process or _Process()
+            self._process.load(module)
+
     def _ask(self, request: dict, seconds: float) -> Parsed:
         """Answer of the worker, retried in a new one, as a crash may be due to a file that it read before."""
         used = self._process is not None
@@ -108,6 +114,11 @@ class Reader:
 def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
     """Parse a file in the worker shared by this process, as `Reader.parse`."""
     return _shared_reader.parse(function, path, *arguments, memory=memory)
+
+
+def start(module: str) -> None:
+    """Start the worker shared by this process, as `Reader.start`."""
+    _shared_reader.start(module)
 
 
 def size_of(path: Path | str) -> int:
@@ -179,6 +190,10 @@ class _Process:
         # For a worker that is dropped without `stop`; at exit `_stop` ends all of them.
         self._finalizer = weakref.finalize(self, _end_in_thread, self._worker, self._ours, self._theirs)
         self._finalizer.atexit = False
+
+    def load(self, module: str) -> None:
+        """Let the worker import a module; it need not be awaited."""
+        self._worker.submit(importlib.import_module, module)
 
     def ask(self, request: dict, seconds: float) -> Parsed:
         """Send a request and wait for its answer. Raises _Fault, or _Died for a worker that ends without one."""

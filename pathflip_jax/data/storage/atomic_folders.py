@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.storage.urls import is_url
 
 
 @contextmanager

@@ -7,7 +7,6 @@ all ranges of a read are requested together, nearby ones merged, and transient f
 import io
 import mmap
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Union
 import numpy as np
 
 from pathflip_jax.data.storage.retry import REPLACE, UnavailableError, retry
+from pathflip_jax.data.storage.urls import URL, is_url
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, spent only for URLs
     from upath import UPath
@@ -31,13 +31,6 @@ PIECE = 8 << 20  # bytes: longer ranges are fetched in concurrent pieces, as a s
 STREAM_BUFFER = 8 * PIECE  # bytes in memory of a file that is streamed to its end
 AT_ONCE = 256  # small files requested together
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
-
-
-def is_url(place: object) -> bool:
-    """Whether a text or path is a URL; file:// is local."""
-    match = _URL.match(str(place))
-    return bool(match) and match.group(2) == "//" and match.group(1) != "file"
 
 
 def as_path(place: "str | os.PathLike | UPath") -> Place:
@@ -48,7 +41,7 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
     """
     text = str(place)
     if not is_url(text):
-        mangled = _URL.match(text)
+        mangled = URL.match(text)
         if isinstance(place, Path) and mangled and mangled.group(1) in EXTRAS:
             raise ValueError(f"{text}: a URL that lost a slash in pathlib.Path; pass it as a string")
         return place if isinstance(place, Path) else Path(text.removeprefix("file://"))

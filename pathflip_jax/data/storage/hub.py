@@ -84,7 +84,8 @@ def _unreachable(place: Repository, error: Exception) -> str:
     there = f"only a part of it is in {cache}" if (folder / "snapshots").is_dir() else f"it is not in {cache}"
     if constants.HF_HUB_OFFLINE:
         return f"{place}: {there}, and HF_HUB_OFFLINE forbids downloads; unset it, or download it where that is allowed"
-    return f"{place}: {there}, and the hub cannot be reached ({_first_line(error.__cause__ or error)}); connect, and repeat"
+    reason = _first_line(error.__cause__ or error)
+    return f"{place}: {there}, and the hub cannot be reached ({reason}); connect to the network and repeat"
 
 
 def _revisions(place: Repository) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.storage.urls import is_url
 
 # $$ is a literal dollar sign; $5 is not a variable, and is kept.
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{(\w+)\})")

@@ -13,8 +13,6 @@ from numbers import Number
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 EMPTY = frozenset({"", "nan", "<na>", "nat", "null"})  # folded by `fold`, as are MISSING
 MISSING = EMPTY | {
@@ -90,6 +88,9 @@ def patient_keys(slide_id: str = "", case_id: str = "", patient_id: str = "") ->
 
 def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
     """Connected components of items that share keys, as group numbers in order of first appearance."""
+    from scipy.sparse import coo_array  # takes 0.3 s, spent only where slides are grouped
+    from scipy.sparse.csgraph import connected_components
+
     ids: dict[Hashable, int] = {}
     pairs = [(item, ids.setdefault(key, len(ids))) for item, own in enumerate(keys) for key in own]
     items, places = np.array(pairs, int).reshape(-1, 2).T

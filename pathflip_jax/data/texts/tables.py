@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from pathflip_jax.data.storage.files import Place, as_path, file_sizes, is_url, read_bytes
+from pathflip_jax.data.storage.files import Place, as_path, file_sizes, read_bytes
 from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.data.texts.cells import as_list, as_text
 from pathflip_jax.data.texts.identity import is_empty, is_missing
 

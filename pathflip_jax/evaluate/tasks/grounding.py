@@ -28,6 +28,7 @@ from pathflip_jax.evaluate.tasks.map_scores import MapScores
 from pathflip_jax.evaluate.tasks.truth import Outlined, read_outlined
 from pathflip_jax.evaluate.units import Evaluation, Units, group_rows
 from pathflip_jax.grounding import heatmap, maps
+from pathflip_jax.grounding.canvas import canvas_of
 from pathflip_jax.grounding.methods import check_method
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.scores import statistics
@@ -222,7 +223,7 @@ def _panels(setting: Setting, outlined: Outlined, predictor, slide_id: str) -> F
     present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
     names = list(outlined.concepts)
     true = read_outlines(Path(spec.outlines) / f"{slide_id}.geojson")
-    canvas = heatmap.canvas_of(slide, setting.cohort.slide_files.get(slide_id))
+    canvas = canvas_of(slide, setting.cohort.slide_files.get(slide_id))
     panels = [
         heatmap.Panel(
             f"“{outlined.concepts[names[c]][0]}”",
