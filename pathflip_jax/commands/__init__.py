@@ -28,6 +28,7 @@ COMMANDS = {
     "ask": "answer a question about a slide with a trained language model",
     "embed": "embed every slide of a folder into one Parquet or AnnData file",
     "convert": "turn PyTorch weights (of a released model, or written by `pathflip export`) into a run folder",
+    "push": "publish a run with its model card on the Hugging Face hub, private unless you say otherwise",
     "export": "export a trained model for PyTorch, transformers or PEFT, or records as feature files of TRIDENT",
 }
 _MODULES = {"import": "import_features"}  # `import` is a keyword of Python

@@ -18,6 +18,8 @@ from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.storage.atomic_folders import atomic_folder
+from pathflip_jax.export.huggingface import read_about
+from pathflip_jax.export.language_card import language_card, read_language_scores
 from pathflip_jax.export.pytorch import write_export
 from pathflip_jax.inference.language_export import is_language_export
 from pathflip_jax.inference.language_run import assemble
@@ -52,14 +54,28 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
 
 
 def export_decoder(
-    run: str | Path, out: str | Path, which: str = "best", *, decoder: str = "", aligner: str = ""
+    run: str | Path,
+    out: str | Path,
+    which: str = "best",
+    *,
+    decoder: str = "",
+    aligner: str = "",
+    scores: str | Path | None = None,
+    about: str | Path | None = None,
 ) -> None:
-    """Write the decoder of a run, its adapter merged in, as a folder for transformers; otherwise as `export_peft`."""
+    """Write the decoder of a run, its adapter merged in, as a folder for transformers; otherwise as `export_peft`.
+
+    Its model card shows the `scores` of an evaluation of this run, and the text `about` the training data, each as
+    `export_huggingface` takes them.
+    """
     _refuse_export(run)
+    found = None if scores is None else read_language_scores(scores, run)
+    described = None if about is None else read_about(about)
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
     with atomic_folder(out) as part:
         save_decoder(model.decoder, part, source=decoder or config["lm"]["decoder"])
         _complete(part, run, model, config, tokenizer, aligner)
+        (part / "README.md").write_text(language_card(config, found, described), encoding="utf-8")
 
 
 def _refuse_export(run: str | Path) -> None:

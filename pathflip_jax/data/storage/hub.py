@@ -48,14 +48,13 @@ def download(place: Repository, files: Sequence[str] | None = None) -> Path:
     The folder's name is the commit. Raises FileNotFoundError, PermissionError or OSError that names the repository and
     the cure: one that does not exist, a revision that it lacks, one that this account may not read, no connection.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
     try:
         patterns = None if files is None else list(files)
-        return Path(huggingface_hub.snapshot_download(place.name, revision=place.revision, allow_patterns=patterns))
+        return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=patterns))
     except errors.GatedRepoError:
-        page = f"{huggingface_hub.constants.ENDPOINT}/{place.name}"
+        page = f"{constants.ENDPOINT}/{place.name}"
         raise PermissionError(
             f"{place}: its owner grants access on request; ask for it at {page}, then {LOG_IN}"
         ) from None
@@ -90,11 +89,11 @@ def _unreachable(place: Repository, error: Exception) -> str:
 
 def _revisions(place: Repository) -> str:
     """Branches and tags of a repository; "" where they cannot be listed."""
-    import huggingface_hub
+    from huggingface_hub import HfApi, errors
 
     try:
-        refs = huggingface_hub.HfApi().list_repo_refs(place.name)
-    except (huggingface_hub.errors.HTTPError, OSError):
+        refs = HfApi().list_repo_refs(place.name)
+    except (errors.HTTPError, OSError):
         return ""
     return ", ".join(ref.name for ref in [*refs.branches, *refs.tags][:8])
 
