@@ -69,15 +69,15 @@ def fit_cox(x: Float[np.ndarray, "n D"], outcomes: Outcomes, penalty: float) -> 
         given = Surv.from_arrays(outcomes.event, outcomes.time)
         return CoxPHSurvivalAnalysis(penalty, ties="efron", tol=1e-12).fit(x, given).coef_
     with jax.enable_x64(True):
-        order = _order(outcomes)
+        how = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-8}
+        given = (np.asarray(x, np.float64), float(penalty), _order(outcomes))
+        return minimize(_cost, np.zeros(x.shape[1]), given, jac=True, method="L-BFGS-B", options=how).x
 
-        @jax.jit
-        def cost(b):
-            return penalty / 2 * b @ b - log_partial_likelihood(jnp.asarray(x) @ b, **order)
 
-        found = minimize(jax.value_and_grad(cost), np.zeros(x.shape[1]), jac=True, method="L-BFGS-B",
-                         options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-8})  # fmt: skip
-    return found.x
+@jax.jit
+@jax.value_and_grad
+def _cost(b: Float[Array, "D"], x: Float[Array, "n D"], penalty: float, order: dict[str, Array]) -> Float[Array, ""]:
+    return penalty / 2 * b @ b - log_partial_likelihood(x @ b, **order)
 
 
 def likelihood(risk: Float[np.ndarray, "n"], outcomes: Outcomes) -> float:
