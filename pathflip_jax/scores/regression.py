@@ -1,5 +1,7 @@
 """Metrics of predicted values: R2, Pearson's and Spearman's correlation, and the mean absolute error."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import rankdata
@@ -7,6 +9,7 @@ from scipy.stats import rankdata
 from pathflip_jax.scores import statistics
 from pathflip_jax.scores.statistics import Statistic
 
+PERMUTATIONS = 500
 METRICS = {"r2": "R²", "pearson": "Pearson", "spearman": "Spearman", "mae": "Mean absolute error"}
 
 
@@ -31,6 +34,22 @@ def regression(values: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]
         return _correlation(weights, _ranks(weights, values), _ranks(weights, predicted))
 
     return {"r2": r2, "pearson": pearson, "spearman": spearman, "mae": statistics.mean(np.abs(values - predicted))}
+
+
+def permuted_regression(
+    values: Float[np.ndarray, "n"], runs: Sequence[Float[np.ndarray, "n"]], seed: int = 0
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """The metrics of permuted values, each the mean over several runs' predictions: what chance gives."""
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([rng.permutation(np.asarray(values, np.float64)) for _ in range(PERMUTATIONS)])  # [P, n]
+    once, ranked, spread = np.ones_like(drawn), rankdata(drawn, axis=1), ((values - values.mean()) ** 2).sum()
+    found: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
+    for predicted in runs:
+        found["r2"].append(1 - ((drawn - predicted) ** 2).sum(1) / spread)
+        found["pearson"].append(_correlation(once, drawn, predicted))
+        found["spearman"].append(_correlation(once, ranked, rankdata(predicted)))
+        found["mae"].append(np.abs(drawn - predicted).mean(1))
+    return {metric: np.mean(values, axis=0) for metric, values in found.items()}
 
 
 def _correlation(weights, x, y) -> Float[np.ndarray, "W"]:

@@ -12,6 +12,7 @@ FILES = (
     "grounding",
     "few_shot",
     "survival",
+    "regression",
     "language",
 )
 TASKS: tuple[Task, ...] = tuple(import_module(f"{__name__}.{file}").TASK for file in FILES)

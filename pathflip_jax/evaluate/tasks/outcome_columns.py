@@ -221,7 +221,7 @@ def merge_sites(column: str, names: Sequence[str]) -> list[str]:
 
 
 class Encoding(NamedTuple):
-    """Clinical columns as numbers: the names of the variables, and a matrix for each side."""
+    """Clinical columns as numbers: the names of the variables, and a matrix for each side, standardised by training."""
 
     names: list[str]
     x: dict[str, Float[np.ndarray, "n V"]]
@@ -254,8 +254,9 @@ def encode(columns: Mapping[str, Mapping[str, Sequence[Cell]]]) -> Encoding:
             categories = sorted({cell.text for cell in cells["train"]})
             names += [f"{column} = {category or 'missing'}" for category in categories]
             encoded = {side: [[cell.text == one for one in categories] for cell in own] for side, own in cells.items()}
+        train = np.array(encoded["train"], float)
         for side, rows in encoded.items():
-            parts[side].append(np.array(rows, float))
+            parts[side].append((np.array(rows, float).reshape(-1, train.shape[1]) - train.mean(0)) / train.std(0))
     return Encoding(names, {side: np.concatenate(found, axis=1) for side, found in parts.items()})
 
 
