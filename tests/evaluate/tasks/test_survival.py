@@ -133,6 +133,17 @@ def test_a_model_that_knows_beats_every_baseline_and_a_blind_one_none(scored):
     )
 
 
+def test_runs_of_several_seeds_are_averaged(cohort, scored, models, tmp_path):
+    found = evaluate(cohort, tmp_path / "out", name=["knowing", "blind"], split="val")["survival"]
+    entry = found["probes"]["Cox"]["c_index"]
+    assert entry["value"] == pytest.approx(np.mean(entry["by_run"])) and entry["by_run"][0] > entry["by_run"][1] + 0.1
+    assert found["sides"]["test"]["patients"] == 24 and found["chosen_on"] == "nothing" and "val" not in found["sides"]
+    with open(tmp_path / "out" / "survival.csv", newline="") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == 24 * ["knowing"] + 24 * ["blind"] + 24 * [
+            "knowing"
+        ] + 24 * ["blind"] + 24 * [""]
+
+
 def test_few_events_and_scores_of_chance_are_told(cohort, models, tmp_path, caplog):
     found = evaluate(cohort, tmp_path / "out", name="blind", clinical=["age"])
     said = "\n".join(found["warnings"])
