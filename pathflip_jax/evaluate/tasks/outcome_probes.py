@@ -23,6 +23,7 @@ from pathflip_jax.scores.survival import Outcomes, import_survival
 # vary by about 1 between patients, 100 by about 0.1, 0.01 by about 10.
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
 FIXED_PENALTY = 1.0  # without validation patients
+NEWTON_COLUMNS = 100
 BATCH = 64  # patients of a batch of attention MIL, whose events are compared with each other
 
 Bags = Sequence[Float[np.ndarray, "R D"]]
@@ -58,9 +59,10 @@ def scaling(x: Float[np.ndarray, "n D"]) -> Callable[[np.ndarray], np.ndarray]:
 def fit_cox(x: Float[np.ndarray, "n D"], outcomes: Outcomes, penalty: float) -> Float[np.ndarray, "D"]:
     """The coefficients of a Cox model with Efron's ties: maximum of the log partial likelihood - penalty / 2 |b|^2.
 
-    scikit-survival fits it; with several strata, which that does not know, SciPy maximises the sum over strata.
+    scikit-survival fits it. SciPy maximises the same function where that does not know how (the sum over several
+    strata) or takes minutes (its Hessian of hundreds of columns).
     """
-    if len(np.unique(outcomes.stratum)) == 1:
+    if len(np.unique(outcomes.stratum)) == 1 and x.shape[1] <= NEWTON_COLUMNS:
         import_survival()
         from sksurv.linear_model import CoxPHSurvivalAnalysis
         from sksurv.util import Surv
@@ -68,7 +70,7 @@ def fit_cox(x: Float[np.ndarray, "n D"], outcomes: Outcomes, penalty: float) -> 
         given = Surv.from_arrays(outcomes.event, outcomes.time)
         return CoxPHSurvivalAnalysis(penalty, ties="efron", tol=1e-12).fit(x, given).coef_
     with jax.enable_x64(True):
-        how = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-15, "gtol": 1e-8}
+        how = {"maxiter": 2000, "maxfun": 4000, "ftol": 0.0, "gtol": 1e-10}
         given = (np.asarray(x, np.float64), float(penalty), _order(outcomes))
         return minimize(_cost, np.zeros(x.shape[1]), given, jac=True, method="L-BFGS-B", options=how).x
 

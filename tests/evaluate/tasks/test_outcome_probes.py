@@ -64,6 +64,17 @@ def test_the_fit_in_strata_is_scikit_survivals_where_there_is_one_stratum(penalt
     assert outcome_probes.fit_cox(given.x, given.y, penalty) == pytest.approx(theirs.coef_, abs=1e-6)
 
 
+@pytest.mark.parametrize("penalty", [0.01, 1.0])
+def test_the_fit_of_many_columns_is_scikit_survivals(penalty):
+    given = patients(130, 2, width=150)
+    x = outcome_probes.scaling(given.x)(given.x)
+    assert x.shape[1] > outcome_probes.NEWTON_COLUMNS
+    theirs = CoxPHSurvivalAnalysis(penalty, ties="efron", tol=1e-12)
+    theirs.fit(x, Surv.from_arrays(given.y.event, given.y.time))
+    found = outcome_probes.fit_cox(x, given.y, penalty)
+    assert found == pytest.approx(theirs.coef_, rel=1e-6, abs=1e-6)  # some are above 10
+
+
 def test_scaling_changes_no_ridge_fit():
     """More columns than rows: the penalty is the same in all directions."""
     rng = np.random.default_rng(0)
