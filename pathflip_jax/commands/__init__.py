@@ -18,7 +18,7 @@ COMMANDS = {
     "vocabulary": "train a small WordPiece vocabulary on reports, for use without a BERT folder",
     "train": "train a model; options are settings of the config",
     "goodput": "report where the time of a run went, and how often to save",
-    "evaluate": "score a trained model: retrieval, zero-shot and few-shot classification, grounding; captions "
+    "evaluate": "score a trained model: retrieval, classification, survival, regression, grounding; captions "
     "and answers",
     "compare": "compare evaluations of the same slides: paired differences to the first, with p-values",
     "ground": "map where on a slide a text matches",
