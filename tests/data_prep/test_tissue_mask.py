@@ -100,3 +100,14 @@ def test_fluorescence_and_grey_pictures_say_what_they_are(draw, write_tiff, tmp_
     padded[:512, :512] = draw(512, 512, (100, 400, 100, 400))  # a converter's black around a brightfield slide
     with open_slide(write_tiff(tmp_path / "padded.tiff", padded)) as slide:
         assert len(tile_slide(slide, patch_size=64).coords) >= 20
+
+
+def test_the_faint_rim_of_strong_stain_is_glass(write_tiff, tmp_path):
+    """Stain that fades over 48 px: the mask ends before its last trace, and loses nothing of the even part."""
+    stained = np.clip((512 + 48 - np.arange(1024)) / 48, 0, 1)[None, :, None]
+    image = (243 * (1 - stained) + np.array([90, 30, 80]) * stained).repeat(1024, 0).astype(np.uint8)
+    image[:, :64] = 243
+    with open_slide(write_tiff(tmp_path / "s.tiff", image)) as slide:
+        mask, downsample, *_ = tissue_mask(slide, 16, keep_ink=True)  # an even colour is one dye
+    columns = np.nonzero(mask.any(0))[0]
+    assert downsample == 16 and columns.min() * 16 <= 64 and 512 <= (columns.max() + 1) * 16 <= 512 + 32
