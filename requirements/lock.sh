@@ -67,6 +67,7 @@ lock_peers() {
         "$work/minilm"
     lock 3.11 peers/lazyslide.txt ../setup.cfg --extra test --extra zarr --extra anndata --extra spatialdata \
         peers/lazyslide.in "$work/torch-requires" "$work/minilm"
+    echo "torchvision==0.28.0" >> peers/lazyslide.txt  # as in originals.txt; what it requires is not installed with it
     # oldest: the lowest versions that setup.cfg allows; newest: the newest of the index.
     lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" "$work/minilm" --resolution lowest-direct
     lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires" "$work/minilm"

@@ -1,19 +1,28 @@
 """LazySlide itself writes stores of features that our reader reads, and takes our outlines of tissue and areas."""
 
 import json
+import warnings
 
-import lazyslide as zs
 import numpy as np
 import pytest
 import tifffile
 import torch
 from PIL import Image
-from wsidata import open_wsi
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # its build does not fit the one of torch; what fails is to register what these would do
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+with warnings.catch_warnings(action="ignore"):  # its libraries use what others of them have deprecated
+    import lazyslide as zs
+    from wsidata import open_wsi
 
 from data_prep.build import prepare
 from data_prep.settings import PrepareSettings
 from pathflip_jax.data.readers.features import read_features
 
+pytestmark = pytest.mark.filterwarnings("default")  # of LazySlide's libraries
 MPP, TILE = 0.5, 128
 
 
