@@ -7,6 +7,7 @@ users of the neighbours complain of"), so no function here takes a level or magn
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pathflip_jax.data.readers.outlines import Polygon
-from pathflip_jax.grounding.canvas import FLATTEST, PANEL, TALLEST, Canvas, blank_canvas
+from pathflip_jax.grounding.canvas import FLATTEST, PANEL, TALLEST, Canvas, canvas_of
 from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
 COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour blindness
@@ -123,14 +124,14 @@ def _draw_panel(axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w
 
 def draw_grounding(
     grounding,
-    canvas: Canvas | None = None,
+    image: Canvas | Path | str | None = None,
     outlines: dict[str, list[Polygon]] | None = None,
     notes: Sequence[str] | None = None,
     smooth: float = 0.0,
 ) -> Figure:
-    """Draw a `Grounding`: every text over the thumbnail of its slide, or over white without one.
+    """Draw a `Grounding`: every text over its slide, or over white without one.
 
-    `outlines` holds the areas of each text, drawn on its map, and `notes` a line of text under each map; `smooth` is
+    `image` is the slide file, or its thumbnail if that has been read before (`read_thumbnail`). `outlines` holds the areas of each text, drawn on its map, and `notes` a line of text under each map; `smooth` is
     that of `draw_panels`.
     """
     lines, notes = outlines or {}, notes or [""] * len(grounding.texts)
@@ -138,15 +139,14 @@ def draw_grounding(
         Panel(text, scores, lines.get(text, ()), note)
         for text, scores, note in zip(grounding.texts, grounding.patch_scores, notes, strict=True)
     ]
-    white = blank_canvas(grounding.coords, grounding.patch_size, grounding.width, grounding.height)
     return draw_panels(
-        canvas or white,
+        image if isinstance(image, Canvas) else canvas_of(grounding, image),
         panels,
         grounding.coords,
         grounding.patch_size,
         mpp=grounding.mpp,
         heading=grounding.slide_id,
-        reference=None if canvas is None else (),
+        reference=None if image is None else (),
         smooth=smooth,
     )
 

@@ -83,6 +83,9 @@ def test_the_drawn_picture_glows_where_the_tissue_is(slide_file, tmp_path):
     write_picture(
         tmp_path / "with.png", heatmap.draw_grounding(grounding, read_thumbnail(slide_file), outline), dpi=150
     )
+    again = heatmap.draw_grounding(grounding, image=slide_file, outlines=outline)
+    write_picture(tmp_path / "of_file.png", again, dpi=150)
+    assert (tmp_path / "of_file.png").read_bytes() == (tmp_path / "with.png").read_bytes()
     write_picture(tmp_path / "without.png", heatmap.draw_grounding(grounding), dpi=150)
     assert (tmp_path / "with.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     widths = [struct.unpack(">I", (tmp_path / n).read_bytes()[16:20])[0] for n in ("with.png", "without.png")]
