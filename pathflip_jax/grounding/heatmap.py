@@ -131,8 +131,8 @@ def draw_grounding(
 ) -> Figure:
     """Draw a `Grounding`: every text over its slide, or over white without one.
 
-    `image` is the slide file, or its thumbnail if that has been read before (`read_thumbnail`). `outlines` holds the areas of each text, drawn on its map, and `notes` a line of text under each map; `smooth` is
-    that of `draw_panels`.
+    `image` is the slide file, or its thumbnail if that has been read before (`read_thumbnail`). `outlines` holds the
+    areas of each text, drawn on its map, and `notes` a line of text under each map; `smooth` is that of `draw_panels`.
     """
     lines, notes = outlines or {}, notes or [""] * len(grounding.texts)
     panels = [
