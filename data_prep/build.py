@@ -21,8 +21,10 @@ from data_prep.assembly import Assembly
 from data_prep.device_batches import check_encoder
 from data_prep.device_pipeline import DevicePipeline
 from data_prep.encoders import load_encoder, runs_on_device
-from data_prep.jobs import Job, Outcome, import_slide, layout, prepare_slide, try_encoder, worker_died
+from data_prep.jobs import Job, Outcome, import_slide, layout, mask_slide, prepare_slide, try_encoder, worker_died
 from data_prep.majority import MajorityVote
+from data_prep.mask_files import remove_masks
+from data_prep.mask_sheet import masked_slides, write_sheet
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_each
 from data_prep.recipe import claim_recipe, release_recipe, write_imported_recipe
@@ -32,7 +34,7 @@ from data_prep.shards import Progress, amend, remove
 from data_prep.slide_files import find_slides
 from pathflip_jax.data.readers.feature_files import find_feature_files
 from pathflip_jax.data.readers.feature_format import slide_id_of
-from pathflip_jax.data.readers.formats import format_by_extension
+from pathflip_jax.data.readers.formats import finds_coords
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
 from pathflip_jax.data.storage.failures import Failure, preview
@@ -75,7 +77,7 @@ def prepare(
             )
         if outcome.error:
             raise ValueError(outcome.error)
-    return _run(plan, prepare_slide, settings)
+    return _with_sheet(plan, _run(plan, prepare_slide, settings), settings)
 
 
 def prepare_several(
@@ -125,13 +127,15 @@ def _prepare_on_devices(
         _begin(plan)
     pipeline = DevicePipeline(encoders, _workers(common))
     progress = _run_here(plans, pipeline.run, common.strict)
-    return [replace(_finish(*each), device=pipeline.usage) for each in zip(plans, progress, strict=True)]
+    reports = [replace(_finish(*each), device=pipeline.usage) for each in zip(plans, progress, strict=True)]
+    return [_with_sheet(plans[0], reports[0], common), *reports[1:]]
 
 
 def _slides_plan(slides: tuple[dict[str, Path], list[Failure]], out: Place | str, settings: PrepareSettings) -> Plan:
-    """Plan of `prepare`, whose jobs know the weights and the reader, to which a folder of records is not tied."""
+    """Plan of `prepare`, whose jobs know files and the reader, to which a folder of records is not tied."""
     plan = _plan(slides, out, settings, settings.of_records())
-    how = {"weights": settings.weights, "reader": settings.reader}
+    masks = settings.tissue_from and Path(settings.tissue_from).absolute()
+    how = {"weights": settings.weights, "reader": settings.reader, "masks": masks}
     recipe = RECIPES.get(settings.encoder)
     if recipe and (settings.patch_size, settings.mpp) != (recipe.patch_size, recipe.mpp):
         plan.notes.append(
@@ -139,26 +143,47 @@ def _slides_plan(slides: tuple[dict[str, Path], list[Failure]], out: Place | str
             f"{recipe.patch_size} px at {recipe.mpp:g}: its features may be weaker; for its own patches, leave out "
             "--patch-size and --mpp"
         )
-    return replace(plan, missing={path: [replace(job, **how) for job in own] for path, own in plan.missing.items()})
+    missing = {path: [replace(job, **how) for job in own] for path, own in plan.missing.items()}
+    return replace(plan, missing=missing, finished=[replace(job, **how) for job in plan.finished])
+
+
+def _with_sheet(plan: Plan, report: Report, settings: PrepareSettings) -> Report:
+    """Report of a run after drawing the sheet of its masks, if one is wanted.
+
+    Slides that an earlier version prepared get their masks first. A job array draws once its last task has ended.
+    """
+    if settings.sheet is None:
+        return report
+    masked = masked_slides(plan.out)
+    without = [job for job in plan.finished if job.slide_id not in masked]
+    outcomes = run_each(mask_slide, without, _workers(settings))
+    bad = [(job.slide_id, outcome.error) for job, outcome in outcomes if outcome is not None and outcome.error]
+    notes = [f"{slide}: no mask for --sheet: {error}" for slide, error in bad]
+    if not report.finished and settings.shard != (0, 1):
+        return replace(report, notes=[*report.notes, *notes, "--sheet is drawn by the task that completes the folder"])
+    written = [info.slide_id for path in plan.shards if path.exists() for info in read_index(path).slides]
+    files = write_sheet(plan.out, written, Path(settings.sheet))
+    more = f" to {files[-1].name}" if len(files) > 1 else ""
+    return replace(report, notes=[*report.notes, *notes, f"tissue masks drawn in {files[0]}{more}"])
 
 
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:
     """Turn the feature files below a folder into records; their formats are `data/readers/formats.py:FORMATS`.
 
-    A folder of bare .pt files has no coordinates and is cut by `scan`. The majority of slides determines the cohort's
-    encoder, feature width and physical patch size. Everything else as in `prepare`.
+    A folder of bare .pt files, with no coordinates in or beside them, is cut by `scan`. The majority of slides
+    determines the cohort's encoder, feature width and physical patch size. Everything else as in `prepare`.
     """
     found = find_feature_files(folder)
     files = {slide_id_of(path): path for path in found.files}
-    bare = settings.cut == "grid" and not any(format_by_extension(path).has_coords for path in files.values())
+    bare = settings.cut == "grid" and not any(map(finds_coords, files.values()))
     kept = settings.of_records() | ({"cut": "scan"} if bare else {})
     plan = _plan((files, found.unreachable), out, settings, kept)
     plan.notes.extend(found.notes)
     if bare:
         kinds = ", ".join(sorted({path.suffix.lower() for path in files.values()}))
         plan.notes.append(
-            f"{kinds} files have no coordinates: their regions are runs of patches in stored order (scan), and "
-            "grounding refuses them"
+            f"{kinds} files have no coordinates, in them or beside them: their regions are runs of patches in stored "
+            "order (scan), and grounding refuses them"
         )
     return _run(plan, import_slide, settings)
 
@@ -203,6 +228,7 @@ def _begin(plan: Plan) -> None:
 def _amend(plan: Plan) -> None:
     """Apply changes that need no slide: remove slides, rename cases, and close gaps in the shard numbers."""
     for path, change in plan.amendments.items():
+        remove_masks(plan.out, change.gone)
         amend(path, change.gone, change.cases, plan.settings)
     for path in plan.own_shards:
         if path not in plan.missing and not path.exists():  # its slides were removed before they were finished

@@ -8,9 +8,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from data_prep.detectors import TissueSettings
 from data_prep.encoders import PatchEncoder, load_encoder
+from data_prep.given_masks import SUFFIXES, find_mask
+from data_prep.mask_files import write_mask
 from data_prep.recipe import claim_recipe
-from data_prep.slides import READERS, open_slide
-from data_prep.tiling import read_patches, tile_slide
+from data_prep.slides import Slide, open_slide
+from data_prep.tiling import Tiles, read_patches, tile_slide
+from pathflip_jax.data.pixels.reader_names import READERS
 from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.index import narrowed
@@ -42,7 +46,8 @@ class Job:
 
     `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
     overrides the file's; None to use the file's. `weights` are those of a registered encoder that this job loads,
-    `reader` decodes the pixels (`slides.READERS`), `progress` is a file that tells the patches done (`read_progress`).
+    `reader` decodes the pixels (`READERS`), `progress` is a file that tells the patches done (`read_progress`), `masks`
+    is a folder of masks made elsewhere.
     """
 
     slide_id: str
@@ -56,6 +61,7 @@ class Job:
     weights: Path | None = None
     reader: str = READERS[0]
     progress: Path | None = None
+    masks: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,16 @@ def prepare_slide(job: Job) -> Outcome:
     """Convert a slide file to its part."""
     outcome = try_encoder(job)
     return outcome if outcome.error else _guarded(job, _slide_features)
+
+
+def mask_slide(job: Job) -> Outcome:
+    """Write the tissue mask of a slide beside its records, without encoding it."""
+    try:
+        with _opened(job) as slide:
+            tile_for([job], slide)
+    except Exception as error:
+        return failed(job, error)
+    return Outcome()
 
 
 def import_slide(job: Job) -> Outcome:
@@ -204,10 +220,9 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatur
 def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:
     settings, encode = job.settings, _encoder(job)
     dtype = settings.get("dtype", "float16")
-    with open_slide(job.file, settings["assume_mpp"], job.mpp, job.reader) as slide:
+    with _opened(job) as slide:
         start = time.perf_counter()
-        keep_ink = bool(settings.get("keep_ink"))
-        tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], keep_ink)
+        tiles = tile_for([job], slide)
         began = time.perf_counter()
         features, rows = blocks.empty((len(tiles.coords), encode.dim), DTYPES[dtype]), 0  # as records store them
         encoding = 0.0
@@ -223,6 +238,41 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures,
         place = (tiles.coords, tiles.patch_size_level0, slide.mpp, slide.width, slide.height)
         found = SlideFeatures(job.slide_id, job.case_id, features, *place, encode.name)
         return found, Remarks((*slide.notes, *tiles.notes))
+
+
+def _opened(job: Job) -> Slide:
+    return open_slide(job.file, job.settings["assume_mpp"], job.mpp, job.reader, bool(job.settings.get("icc")))
+
+
+def tile_for(jobs: Sequence[Job], slide: Slide) -> Tiles:
+    """Tile an open slide for jobs that share its patches, and write its mask beside the records of each.
+
+    Raises ValueError for a slide without tissue, or without the mask that it needs.
+    """
+    tissue, notes = _tissue_settings(jobs[0])
+    grid = (jobs[0].settings[name] for name in ("patch_size", "mpp", "min_tissue"))
+    tiles = tile_slide(
+        slide, *grid, tissue, lambda found: [write_mask(job.shard.parent, job.slide_id, slide, found) for job in jobs]
+    )
+    return tiles._replace(notes=(*notes, *tiles.notes))
+
+
+def _tissue_settings(job: Job) -> tuple[TissueSettings, tuple[str, ...]]:
+    """Tissue settings of a job, and notes on them. Raises ValueError for a slide without a mask that it needs."""
+    names = {"detector": "tissue", "holes_um2": "holes_um2", "smallest_um2": "smallest_um2"}
+    given = {name: job.settings.get(key) for name, key in names.items()}
+    settings = TissueSettings(**given, keep_ink=bool(job.settings.get("keep_ink")))
+    if job.masks is None:
+        return settings, ()
+    if source := find_mask(job.masks, job.slide_id):
+        return replace(settings, source=source), ()
+    if settings.detector is None:
+        raise ValueError(
+            f"{job.file}: no mask of its tissue: expected {' or '.join(job.slide_id + suffix for suffix in SUFFIXES)} "
+            f"in {job.masks}; add it, or let a detector find the tissue of such slides, for example with `--tissue "
+            "embedded`"
+        )
+    return settings, (f"no mask in --tissue-from, tissue found by {settings.detector}",)
 
 
 def stored(features: Float[np.ndarray, "n F"], dtype: str, file: Path) -> np.ndarray:

@@ -41,9 +41,9 @@ class Plan:
     """Work of a build, or of one task of it.
 
     `shards` are those of the folder. `missing` maps the shards of this task, `task` = (i, n), to the slides that they
-    lack, in order; `skipped` are the ids of the slides that they have. `cohort` holds the common traits of the slides
-    in shards, None where there are none. `failed` are slides that cannot be read at all, `absent` rows of the slide
-    table without a file.
+    lack, in order; `skipped` are the ids of the slides that they have, and `finished` their jobs. `cohort` holds the
+    common traits of the slides in shards, None where there are none. `failed` are slides that cannot be read at all,
+    `absent` rows of the slide table without a file.
     """
 
     out: Place
@@ -57,6 +57,7 @@ class Plan:
     failed: list[Failure]
     absent: list[Failure]
     notes: list[str]
+    finished: list[Job] = field(default_factory=list)
 
     @property
     def parts(self) -> Place:
@@ -144,6 +145,7 @@ def make_plan(
         failed[task::tasks],
         table.absent[task::tasks] if table else [],
         [*(table.notes if table else []), *_changes(known, entries, due)],
+        [job for of in own.values() for job in of if job.slide_id not in due],
     )
 
 

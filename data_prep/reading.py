@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Int
 
 from data_prep import slides
-from data_prep.jobs import Job, Outcome, failed, peak_bytes
+from data_prep.jobs import Job, Outcome, failed, peak_bytes, tile_for
 from data_prep.slides import Slide, open_slide
-from data_prep.tiling import BATCH_PIXELS, Tiles, read_patch, tile_slide
+from data_prep.tiling import BATCH_PIXELS, Tiles, read_patch
 
-_GRID = ("patch_size", "mpp", "min_tissue", "keep_ink")
+_GRID = ("patch_size", "mpp", "min_tissue", "keep_ink", "tissue", "holes_um2", "smallest_um2")
 
 
 class Slot(NamedTuple):
@@ -87,10 +87,11 @@ class _Reading:
     OpenSlide's cache holds the decoded tiles of a block.
     """
 
-    def __init__(self, slide: Slide, grids: Sequence[Job]) -> None:
+    def __init__(self, slide: Slide, jobs: Sequence[Job]) -> None:
         start = time.perf_counter()
         self.slide, self.position = slide, 0
-        found = [_tiles(slide, job) for job in grids]
+        keys = [grid_of(job) for job in grids_of(jobs)]
+        found = [_tiles(slide, [job for job in jobs if grid_of(job) == key]) for key in keys]
         self.tiles = {i: tiles for i, tiles in enumerate(found) if isinstance(tiles, Tiles)}
         self.opened = Opened(slide.mpp, slide.width, slide.height, slide.notes, found)
         grid = np.repeat(list(self.tiles), [len(tiles.coords) for tiles in self.tiles.values()])
@@ -146,7 +147,8 @@ def fill(slot: Slot, number: int, jobs: Sequence[Job]) -> Chunk | Outcome | None
     try:
         if _reading is None:
             job = jobs[0]
-            _reading = _Reading(open_slide(job.file, job.settings["assume_mpp"], job.mpp, job.reader), grids_of(jobs))
+            icc = bool(job.settings.get("icc"))
+            _reading = _Reading(open_slide(job.file, job.settings["assume_mpp"], job.mpp, job.reader, icc), jobs)
         chunk = _reading.fill(_slot(slot))
     except Exception as error:
         _close(number)
@@ -163,14 +165,11 @@ def _close(number: int) -> None:
     _reading, _ended = None, number
 
 
-def _tiles(slide: Slide, job: Job) -> Tiles | Outcome:
-    settings = job.settings
+def _tiles(slide: Slide, jobs: Sequence[Job]) -> Tiles | Outcome:
     try:
-        return tile_slide(
-            slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], bool(settings.get("keep_ink"))
-        )
+        return tile_for(jobs, slide)
     except Exception as error:
-        return failed(job, error)
+        return failed(jobs[0], error)
 
 
 def _slot(slot: Slot) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.encoders import PatchEncoder
 from data_prep.plan_file import has_records
-from pathflip_jax.data.readers.feature_recipe import FeatureRecipe, is_same_size, objection
+from pathflip_jax.data.readers.feature_recipe import SRGB, FeatureRecipe, is_same_size, objection
 from pathflip_jax.data.records.cohort import Cohort
 from pathflip_jax.data.records.columns import SlideInfo
 from pathflip_jax.data.records.recipe import RECIPE, read_recipe, write_recipe
@@ -33,6 +33,7 @@ def features_recipe(encoder: PatchEncoder, settings: Mapping[str, Any]) -> Featu
     """Recipe of the features that an encoder makes with the settings of a folder of records."""
     facts = {"encoder": encoder.name, "feature_dim": encoder.dim, "source": "prepare"}
     facts |= {name: settings[name] for name in ("patch_size", "mpp")} | getattr(encoder, "recipe_facts", dict)()
+    facts["colours"] = SRGB if settings.get("icc") else ""
     return FeatureRecipe(**facts)
 
 

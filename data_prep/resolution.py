@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import openslide
 
-from pathflip_jax.data.readers.ome import read_ome
+from pathflip_jax.data.pixels.ome import read_ome
 
 # From beyond a 100x objective to below a 1x one; a TIFF written at 72 dpi claims 352.8.
 _SANE_MPP = (0.05, 10.0)

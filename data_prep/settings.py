@@ -5,12 +5,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data_prep.detectors import DETECTORS, EMBEDDED
 from data_prep.slide_table import SANE_MPP
-from data_prep.slides import READERS
+from pathflip_jax.data.pixels.reader_names import READERS
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.regions import EDGE_UM
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.vision.recipes import find_recipe
+
+SHEETS = (".png", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,13 @@ class PrepareSettings(RecordsSettings):
 
     `assume_mpp` is for slides without a stated level-0 resolution; `min_tissue` is the tissue fraction of a patch;
     `keep_ink` keeps pen as tissue, for stains that resemble it; `half` lets networks compute in half precision.
+    `tissue` is a name of `DETECTORS`, and `tissue_from` a folder of masks made elsewhere (`given_masks`), for slides
+    without which a given detector is used; None for both is the built-in detector. `holes_um2` and `smallest_um2` are
+    the largest hole filled and the smallest piece kept (`TissueSettings`). `sheet` is a PNG or PDF of all masks.
     `weights` are those of a registered encoder (None: from the Hugging Face hub), `batch_size` its number of patches
     per batch, over all local devices (None: its own). A registered encoder is named as in `RECIPES`, and determines
     `patch_size` and `mpp` where they are None; those of others are 256 and 0.5. `reader` decodes the pixels, which are
-    the same by each of `slides.READERS`.
+    the same by each of `READERS`. `icc` converts the colours of patches to sRGB by the slide's embedded profile.
     """
 
     encoder: str = "stain_texture"
@@ -66,10 +72,16 @@ class PrepareSettings(RecordsSettings):
     assume_mpp: float | None = None
     min_tissue: float = 0.25
     keep_ink: bool = False
+    tissue: str | None = None
+    tissue_from: Path | None = None
+    holes_um2: float | None = None
+    smallest_um2: float | None = None
+    sheet: Path | None = None
     half: bool = False
     batch_size: int | None = None
     weights: Path | None = None
     reader: str = READERS[0]
+    icc: bool = False
 
     def __post_init__(self) -> None:
         recipe = find_recipe(self.encoder) if ":" not in self.encoder else None
@@ -88,19 +100,46 @@ class PrepareSettings(RecordsSettings):
                 "patch_size of at least 1, an mpp above 0 and below 1000, and a min_tissue from 0 to 1"
             )
         if self.reader not in READERS:
-            raise ValueError(f"--reader {self.reader}: expected {' or '.join(READERS)}")
+            raise ValueError(f"--reader {self.reader}: expected one of {', '.join(READERS)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
         _check_mpp("assume-mpp", self.assume_mpp)
+        self._check_tissue()
         super().__post_init__()
 
+    def _check_tissue(self) -> None:
+        if self.tissue is not None and self.tissue not in DETECTORS:
+            raise ValueError(f"--tissue {self.tissue}: expected {', '.join(DETECTORS)}")
+        if self.tissue_from is not None and not Path(self.tissue_from).is_dir():
+            raise ValueError(
+                f"--tissue-from {self.tissue_from}: no such folder; expected one with SLIDE.geojson or SLIDE.png for "
+                "each slide"
+            )
+        if self.keep_ink and self._detector not in (None, EMBEDDED):
+            raise ValueError(
+                f"--keep-ink: has no effect with --tissue {self._detector}, which knows no pen; leave it out"
+            )
+        if self.keep_ink and self.tissue_from is not None and self.tissue is None:
+            raise ValueError("--keep-ink: has no effect on masks of --tissue-from; leave it out")
+        for name, value in (("holes", self.holes_um2), ("smallest", self.smallest_um2)):
+            if value is not None and not 0 <= value < 1e12:
+                raise ValueError(f"--{name} {value:g}: expected an area in um2, from 0")
+        if self.sheet is not None and Path(self.sheet).suffix.lower() not in SHEETS:
+            raise ValueError(f"--sheet {self.sheet}: expected a file that ends in {' or '.join(SHEETS)}")
+
+    @property
+    def _detector(self) -> str | None:
+        """Detector by name; None for the built-in one, and where no slide is left to one."""
+        return None if self.tissue == EMBEDDED and self.tissue_from is None else self.tissue
+
     def of_records(self) -> dict[str, Any]:
-        """The settings that a folder of records is tied to."""
+        """The settings that a folder of records is tied to; None for those that earlier versions do not know."""
         return {
             "command": "prepare", "encoder": self.encoder, "half": self.half, "patch_size": self.patch_size,
             "mpp": self.mpp, "assume_mpp": self.assume_mpp, "override_mpp": self.override_mpp,
-            "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "dtype": self.dtype, "cut": self.cut,
-            "edge_um": self.edge_um,
+            "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "icc": self.icc or None,
+            "tissue": self._detector, "tissue_from": self.tissue_from is not None or None, "holes_um2": self.holes_um2,
+            "smallest_um2": self.smallest_um2, "dtype": self.dtype, "cut": self.cut, "edge_um": self.edge_um,
         }  # fmt: skip
 
 

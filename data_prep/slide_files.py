@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.dicom import Header, name_series, read_header
+from data_prep.dicom import name_series
+from pathflip_jax.data.pixels.dicom_headers import Header, read_header
 from pathflip_jax.data.storage.failures import Failure, preview
 
 # OpenSlide 4's formats: Aperio, DICOM, Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, plain TIFF.

@@ -10,14 +10,15 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_prep.brightfield import check_brightfield
+from data_prep.colour_profile import ToSrgb
 from data_prep.resolution import find_resolution
-from data_prep.tiff_tiles import DamagedTile, TiffTiles
+from pathflip_jax.data.pixels.reader_names import READERS
+from pathflip_jax.data.pixels.source import DamagedPixels, PixelSource, Unreadable
+from pathflip_jax.data.pixels.sources import open_source
 from pathflip_jax.runtime import workers
 
 # Time limit for opening a slide or reading one block, in a worker process: OpenSlide may hang on a broken slide.
 _READ_SECONDS, _READ_BYTES = 300.0, 2 * 2**30
-READERS = ("openslide", "tifffile")
-_OFF_PIXEL = 1e-3  # pixels of a level
 BLOCK = 2048  # pixels of the read level on a side: 16 MB, and its tiles fit in OpenSlide's cache of 32
 
 
@@ -25,18 +26,18 @@ BLOCK = 2048  # pixels of the read level on a side: 16 MB, and its tiles fit in 
 class Slide:
     """Open slide: its file, its size in level-0 pixels and `mpp`, micrometres per level-0 pixel.
 
-    `source` is the origin of `mpp`, `notes` are for the user; `tiles` decodes the pixels where it is given, else
-    OpenSlide does. A context manager; `read` turns exceptions of the readers into errors that name the file.
+    `source` is the origin of `mpp`, `notes` are for the user; `to_srgb` converts the pixels of patches where it is
+    given. A context manager; `read` turns exceptions of the readers into errors that name the file.
     """
 
     path: Path
-    image: openslide.OpenSlide
+    image: PixelSource
     width: int
     height: int
     mpp: float
     source: str = ""
     notes: tuple[str, ...] = ()
-    tiles: TiffTiles | None = None
+    to_srgb: ToSrgb | None = None
 
     def __enter__(self) -> "Slide":
         return self
@@ -47,73 +48,61 @@ class Slide:
     def close(self) -> None:
         """Close the file."""
         self.image.close()
-        if self.tiles is not None:
-            self.tiles.close()
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
         """Read pixels of a level; x, y at level 0, width and height in its pixels. Areas outside the slide are white.
 
         Raises OSError for damaged pixels.
         """
-        scale = self.image.level_downsamples[level]
-        column, row = round(x / scale), round(y / scale)
-        on_pixel = max(abs(column - x / scale), abs(row - y / scale)) < _OFF_PIXEL
         try:
             with workers.limits(_READ_SECONDS, _READ_BYTES):
-                if self.tiles is not None and on_pixel:  # between two pixels OpenSlide interpolates
-                    return self.tiles.read(column, row, level, width, height)
-                image = self.image.read_region((x, y), level, (width, height))
-        except (openslide.OpenSlideError, DamagedTile) as error:
+                return self.image.read(x, y, level, width, height)
+        except (openslide.OpenSlideError, DamagedPixels) as error:
             raise OSError(
                 f"{self.path}: its pixels cannot be read ({error}, at {x}, {y}, level {level}); the file is damaged or "
                 "truncated: copy it again"
             ) from None
-        colour, pixels = np.asarray(image.convert("RGB")), np.asarray(image)
-        if pixels.view("<u4").min() < 255 << 24:  # four bytes as one number, alpha highest: ten times as fast
-            clear = pixels[..., 3] != 255
-            cover = pixels[clear][:, 3:] / np.float32(255)
-            colour = colour.copy()
-            colour[clear] = np.round(colour[clear] * cover + 255 * (1 - cover))
-        return colour
 
 
 def open_slide(
-    path: Path | str, assume_mpp: float | None = None, override_mpp: float | None = None, reader: str = READERS[0]
+    path: Path | str,
+    assume_mpp: float | None = None,
+    override_mpp: float | None = None,
+    reader: str = READERS[0],
+    icc: bool = False,
 ) -> Slide:
-    """Open a brightfield slide that OpenSlide reads, with pixels decoded by one of `READERS`.
+    """Open a brightfield slide, or the folder of a DICOM series, with pixels decoded by one of `READERS`.
 
-    The reader tifffile is for tiled TIFF (`TiffTiles`); of other files OpenSlide decodes the pixels, as a note says.
+    What OpenSlide does not read is decoded by the reader for its content, and what the reader does not decode by
+    OpenSlide, as a note says (`open_source`).
 
     `assume_mpp` is the level-0 resolution where the file does not state it, `override_mpp` overrides the file. Without
-    either, the nominal resolution of the objective power (20x is 0.5) is taken. Raises FileNotFoundError; OSError for a
-    file that does not open; ValueError for fluorescence and the like, and where the resolution is missing, absurd or in
-    doubt (`find_resolution`).
+    either, the nominal resolution of the objective power (20x is 0.5) is taken. With `icc` the slide's colour profile
+    is applied to the pixels of patches. Raises FileNotFoundError; OSError for a file that does not open; ValueError for
+    fluorescence and the like, and where the resolution is missing, absurd or in doubt (`find_resolution`) or the colour
+    profile is damaged.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide")
     try:
         with workers.limits(_READ_SECONDS, _READ_BYTES):
-            image = openslide.OpenSlide(path)
-    except openslide.OpenSlideError as error:
-        raise OSError(
-            f"{path}: OpenSlide cannot open it ({error}); expected a complete whole slide image. Convert "
-            "other formats to a tiled TIFF, for example `vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`"
-        ) from None
+            image = open_source(path, reader)
+    except Unreadable as error:
+        raise OSError(f"{path}: {error}") from None
     try:
         with workers.limits(_READ_SECONDS, _READ_BYTES):
-            check_brightfield(path, image.properties, image.dimensions)
+            check_brightfield(path, image.properties, image.fault)
         found = find_resolution(path, image.properties, image.dimensions, assume_mpp, override_mpp)
-    except ValueError:
+        profile = image.profile if icc else None
+        to_srgb = ToSrgb(path, profile) if profile else None
+    except (ValueError, openslide.OpenSlideError):
         image.close()
         raise
-    tiles, notes = None, found.notes
-    if reader == "tifffile":
-        try:
-            tiles = TiffTiles(path, image.level_dimensions)
-        except ValueError as error:
-            notes += (f"decoded by OpenSlide instead of tifffile: {error}",)
-    return Slide(path, image, *image.dimensions, found.mpp, found.source, notes, tiles)
+    notes = found.notes + image.notes
+    if icc and to_srgb is None:
+        notes += ("no colour profile: its colours are taken for sRGB",)
+    return Slide(path, image, *image.dimensions, found.mpp, found.source, notes, to_srgb)
 
 
 def averaged(

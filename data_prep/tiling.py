@@ -4,22 +4,24 @@ All coordinates are level-0 pixels, as in QuPath and every feature file. A slide
 its tissue and once, block by block, to cut its patches. Only the list of patches grows with the slide.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from data_prep import slides
+from data_prep.detectors import TissueSettings, find_tissue
 from data_prep.slides import Slide, averaged
-from data_prep.tissue_mask import tissue_mask
+from data_prep.tissue_mask import Tissue
 
 _LARGEST_ENLARGEMENT = 1.25
 _NEAR = 0.02  # a level this close to the target resolution is used without resampling: 0.499 counts as 0.5
 BATCH_PIXELS = 1 << 22  # pixels per batch: 64 patches of 256 px, a network's batch
 _NOTED_PEN = 0.1  # a larger pen fraction of the stained area is noted: it may be a blue tissue stain
 _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
+_TISSUE = TissueSettings()
 
 
 class Tiles(NamedTuple):
@@ -38,15 +40,20 @@ class Tiles(NamedTuple):
 
 
 def tile_slide(
-    slide: Slide, patch_size: int = 256, mpp: float = 0.5, min_tissue: float = 0.25, keep_ink: bool = False
+    slide: Slide,
+    patch_size: int = 256,
+    mpp: float = 0.5,
+    min_tissue: float = 0.25,
+    tissue: TissueSettings = _TISSUE,
+    review: Callable[[Tissue], None] | None = None,
 ) -> Tiles:
     """Tile the tissue of a slide: a grid of patches of `patch_size` pixels at `mpp`, from the level-0 origin.
 
     A level within 2 % of `mpp` is not resampled: scanners' 0.499 and 0.502 give patches of 256 px, not 257 and 255.
     A patch counts when at least `min_tissue` of its area is tissue; one that reaches over the slide's edge counts its
-    outside as glass and is read as white there. Holes smaller than a patch count as tissue. `keep_ink` keeps what
-    looks like pen (`tissue_mask`). Raises ValueError for a slide without tissue, and for one scanned so coarsely that
-    patches would only be enlarged.
+    outside as glass and is read as white there. `tissue` says how tissue is found: by default, holes smaller than a
+    patch count as tissue, and pen does not. `review` is called with the mask before it is judged. Raises ValueError for
+    a slide without tissue, and for one scanned so coarsely that patches would only be enlarged.
     """
     if slide.mpp > _LARGEST_ENLARGEMENT * mpp:
         raise ValueError(
@@ -60,18 +67,16 @@ def tile_slide(
         scale = slide.image.level_downsamples[level]
     edge = max(1, round(patch_size * scale))
     area = (edge * slide.mpp) ** 2
-    mask, downsample, pen, doubt = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH), keep_ink, area)
-    columns, rows = -(-slide.width // edge), -(-slide.height // edge)
-    sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64)
-    sums.cumsum(1, out=sums)
-    sums = _between(sums, np.arange(rows + 1) * edge / downsample)
-    sums = _between(sums.T, np.arange(columns + 1) * edge / downsample).T
-    tissue = np.diff(np.diff(sums, axis=0), axis=1) * (downsample / edge) ** 2  # [rows, columns], share of the patch
-    row, column = np.nonzero((tissue >= min_tissue) & (tissue > 0))
+    found = find_tissue(slide, max(1.0, edge / _MASK_PER_PATCH), area, tissue)
+    if review is not None:
+        review(found)
+    pen, doubt = found.pen, found.doubt
+    share = _shares(found, -(-slide.height // edge), -(-slide.width // edge), edge)
+    row, column = np.nonzero((share >= min_tissue) & (share > 0))
     if not len(row):
         raise ValueError(
-            f"{slide.path}: no tissue: none of {rows * columns} patches of {edge} px (level 0) has "
-            f"{min_tissue:.0%} tissue or more, the highest share is {tissue.max():.0%}; leave the slide out, or lower "
+            f"{slide.path}: no tissue: none of {share.size} patches of {edge} px (level 0) has "
+            f"{min_tissue:.0%} tissue or more, the highest share is {share.max():.0%}; leave the slide out, or lower "
             "`--min-tissue` or `--patch-size`"
             + (f"; its image has {doubt}: is it the H&E slide?" if doubt else "")
             + (f"; {pen:.0%} of the stained area is taken for pen ink; pass --keep-ink to keep it" if pen else "")
@@ -82,7 +87,16 @@ def tile_slide(
     order = np.lexsort((column, row, column // block, row // block))
     coords = np.stack([column[order], row[order]], 1).astype(np.int32) * np.int32(edge)
     note = f"{pen:.0%} of the stained area is taken for pen ink and left out; pass --keep-ink to keep it"
-    return Tiles(coords, edge, patch_size, level, (note,) if pen > _NOTED_PEN else ())
+    return Tiles(coords, edge, patch_size, level, (*found.notes, *([note] if pen > _NOTED_PEN else [])))
+
+
+def _shares(tissue: Tissue, rows: int, columns: int, edge: int) -> Float[np.ndarray, "rows columns"]:
+    """Tissue fraction of each patch of a grid, whose edge is in level-0 pixels."""
+    sums = np.pad(tissue.mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64)
+    sums.cumsum(1, out=sums)
+    sums = _between(sums, np.arange(rows + 1) * edge / tissue.downsample)
+    sums = _between(sums.T, np.arange(columns + 1) * edge / tissue.downsample).T
+    return np.diff(np.diff(sums, axis=0), axis=1) * (tissue.downsample / edge) ** 2
 
 
 def _between(sums: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -113,8 +127,16 @@ def read_patch(slide: Slide, tiles: Tiles, corner: Sequence[int], out: UInt8[np.
     """Read the pixels of the patch whose top-left corner is x, y at level 0.
 
     Patches are resampled only when the level is not already at the target resolution, each from its own pixels, and
-    averaged down while they are read where one is larger than a block. Raises OSError for damaged pixels.
+    averaged down while they are read where one is larger than a block. Their colours are converted last, with
+    `slide.to_srgb`. Raises OSError for damaged pixels.
     """
+    _read_stored(slide, tiles, corner, out)
+    if slide.to_srgb is not None:
+        out[:] = slide.to_srgb(out)
+
+
+def _read_stored(slide: Slide, tiles: Tiles, corner: Sequence[int], out: UInt8[np.ndarray, "P P 3"]) -> None:
+    """Read the pixels of a patch in the colours of the file."""
     size, scale = tiles.patch_size, slide.image.level_downsamples[tiles.level]
     edge = tiles.patch_size_level0 / scale  # in pixels of the level
     if abs(edge - size) < 0.5:

@@ -1,5 +1,7 @@
 """Tissue detection at low resolution: stained areas without pen ink and specks."""
 
+from contextlib import closing, suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,8 @@ from skimage.filters import threshold_otsu
 
 from data_prep.ink import PIXEL_UM, find_ink
 from data_prep.slides import Slide, averaged
+from pathflip_jax.data.pixels.source import Unreadable
+from pathflip_jax.data.pixels.sources import open_source
 
 _MASK_PIXELS = 1 << 24  # most pixels of the mask: about 25 bytes each during computation
 # Saturation (0 to 1): glass is below the first, stained tissue above the second.
@@ -19,43 +23,44 @@ _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border o
 _BRIGHT, _GREY = 150, 3  # glass is brighter in all channels; a grey picture's channels differ by less
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
 _LOOK_UM, _LOOK_WIDE_UM = 1.5, 24.0  # the finest detail considered, and the radius around a point
-_SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 300.0, 20_000.0
+_HALO_PX = 2  # width of the rim around tissue that blur and threshold add
+_THUMBNAIL = 1024  # most pixels of a thumbnail along its longer edge
+_CHEAP = 1 << 26  # pixels of a level that may be read for a thumbnail alone
+SMALLEST_UM2, HOLES_UM2 = 300.0, 20_000.0  # the smallest piece kept, and the largest hole filled
 
 
 class Tissue(NamedTuple):
     """Tissue mask, its downsample from level 0, and the fraction of the stained area that was pen.
 
-    `doubt` is the evidence against a colour brightfield slide: a dark background, or no colour.
+    `doubt` is the evidence against a colour brightfield slide: a dark background, or no colour. `picture` is a
+    thumbnail of the slide, `found_by` the origin of the mask, `notes` are for the user.
     """
 
     mask: Bool[np.ndarray, "rows columns"]
     downsample: float
     pen: float
     doubt: str
+    picture: UInt8[np.ndarray, "h w 3"]
+    found_by: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def tissue_mask(
-    slide: Slide, downsample: float = 32.0, keep_ink: bool = False, largest_hole: float = _LARGEST_HOLE_UM2
+    slide: Slide,
+    downsample: float = 32.0,
+    keep_ink: bool = False,
+    largest_hole: float = HOLES_UM2,
+    smallest_piece: float = SMALLEST_UM2,
 ) -> Tissue:
     """Mask of stained tissue.
 
     Otsu's threshold on saturation, bounded by the values of glass and of pale tissue, so that a slide without glass or
-    without tissue is not split in two; pen and black borders are excluded, specks dropped and holes of less than
-    `largest_hole` um2 filled (lumina, fat cells), 20,000 at most: pass the area of a patch, so that no patch of glass
-    counts as tissue. With `keep_ink` only green and black pen is excluded, for stains that resemble pen. The
-    best-fitting level is read and averaged down, block by block, where it is still too fine. The mask of a huge slide
-    is coarser than requested: it has at most 4,096 x 4,096 pixels.
+    without tissue is not split in two; pen and black borders are excluded, pieces of less than `smallest_piece` um2
+    dropped (specks) and holes of less than `largest_hole` um2 filled (lumina, fat cells): pass no more than the area of
+    a patch, so that no patch of glass counts as tissue. With `keep_ink` only green and black pen is excluded, for
+    stains that resemble pen. The mask of a huge slide is coarser than requested (`read_picture`).
     """
-    downsample = max(downsample, np.sqrt(slide.width * slide.height / _MASK_PIXELS))
-    level = slide.image.get_best_level_for_downsample(downsample * 1.001)
-    width, height = slide.image.level_dimensions[level]
-    step = max(1, int(downsample / slide.image.level_downsamples[level] + 1e-3))
-    while -(-width // step) * -(-height // step) > _MASK_PIXELS:
-        step += 1
-    downsample = slide.image.level_downsamples[level] * step
-    picture = np.empty((-(-height // step), -(-width // step), 3), np.uint8)
-    for rows, columns, pixels in averaged(slide, level, step, (0, 0), (width, height)):
-        picture[rows, columns] = pixels
+    picture, downsample = read_picture(slide, downsample)
     ink = np.zeros(picture.shape[:2], bool) if keep_ink else _ink(slide, picture, downsample)
     saturation = np.empty(picture.shape[:2], np.float32)
     for top in range(0, len(picture), 1024):
@@ -66,15 +71,60 @@ def tissue_mask(
     saturation = ndimage.gaussian_filter(saturation, 1.0, output=saturation)
     apart = ~ndimage.binary_dilation(ink, iterations=4) if ink.any() else ~ink  # strokes have pale rims
     mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
+    mask = _without_halo(mask, saturation)
     area = (downsample * slide.mpp) ** 2
-    mask, _ = _split_by_size(mask, _SMALLEST_PIECE_UM2 / area)
-    _, small = _split_by_size(
-        ~(mask | ink), min(largest_hole, _LARGEST_HOLE_UM2) / area
-    )  # a stroke over fat must not open fat cells
-    return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
+    mask = without_specks(mask, smallest_piece / area)
+    # A stroke over fat must not open fat cells.
+    mask |= holes_of(mask | ink, largest_hole / area) & ~ink
+    return Tissue(mask, downsample, pen, doubt_of(picture), thumbnail(slide, picture), "embedded")
 
 
-def _doubt(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+def read_picture(slide: Slide, downsample: float) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
+    """Picture of a whole slide at a downsample from level 0, and the downsample that it has.
+
+    The best-fitting level is read and averaged down, block by block, where it is still too fine. That of a huge slide
+    is coarser than requested: it has at most 4,096 x 4,096 pixels.
+    """
+    downsample = affordable(slide, downsample)
+    return read_level(slide, slide.image.get_best_level_for_downsample(downsample * 1.001), downsample)
+
+
+def affordable(slide: Slide, downsample: float) -> float:
+    """Downsample from level 0 of at least that, at which a slide has at most 4,096 x 4,096 pixels."""
+    return max(downsample, np.sqrt(slide.width * slide.height / _MASK_PIXELS))
+
+
+def read_level(slide: Slide, level: int, downsample: float = 1.0) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
+    """Picture of a whole level, averaged down to a downsample from level 0 as `read_picture` does."""
+    width, height = slide.image.level_dimensions[level]
+    step = max(1, int(downsample / slide.image.level_downsamples[level] + 1e-3))
+    while -(-width // step) * -(-height // step) > _MASK_PIXELS:
+        step += 1
+    picture = np.empty((-(-height // step), -(-width // step), 3), np.uint8)
+    for rows, columns, pixels in averaged(slide, level, step, (0, 0), (width, height)):
+        picture[rows, columns] = pixels
+    return picture, slide.image.level_downsamples[level] * step
+
+
+def thumbnail(slide: Slide, picture: UInt8[np.ndarray, "h w 3"] | None = None) -> UInt8[np.ndarray, "rows columns 3"]:
+    """Picture of a slide of at most 1,024 pixels along its longer edge, from another one where that is large enough.
+
+    A slide that has few pixels at a fitting level is read for it.
+    """
+    if picture is None or max(picture.shape) < _THUMBNAIL // 2:
+        downsample = max(1.0, max(slide.width, slide.height) / _THUMBNAIL)
+        level = slide.image.get_best_level_for_downsample(downsample * 1.001)
+        if picture is None:
+            picture, _ = read_picture(slide, downsample)
+        elif np.prod(slide.image.level_dimensions[level], dtype=float) <= _CHEAP:
+            # A file may be damaged where there is no patch, and OpenSlide reads nothing more after an error.
+            with suppress(OSError, Unreadable), closing(open_source(slide.path)) as image:
+                picture, _ = read_picture(replace(slide, image=image), downsample)
+    return np.asarray(Image.fromarray(picture).reduce(-(-max(picture.shape) // _THUMBNAIL)))
+
+
+def doubt_of(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Evidence in its picture that a slide is no colour brightfield slide; "" without any."""
     sample = picture[:: max(1, len(picture) // 512), :: max(1, picture.shape[1] // 512)]
     largest, smallest = sample.max(-1), sample.min(-1)
     if (largest < _BLACK).mean() > 0.5 and (smallest > _BRIGHT).mean() < 0.001:
@@ -130,13 +180,32 @@ def _stain_threshold(saturation: np.ndarray) -> float:
     return float(np.clip(threshold, _GLASS, _STAINED))
 
 
-def _split_by_size(mask: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Components of a mask with at least `size` pixels, and those with fewer."""
+def _without_halo(mask: Bool[np.ndarray, "h w"], saturation: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Mask that ends where saturation has fallen halfway from the tissue beside it to that of glass.
+
+    The threshold is that of pale tissue, which the blurred rim of strongly stained tissue exceeds on glass.
+    """
+    if mask.all() or not mask.any():
+        return mask
+    glass = float(np.median(saturation[~mask]))
+    halfway = ndimage.maximum_filter(saturation, 2 * _HALO_PX + 1)
+    halfway += glass
+    halfway /= 2
+    rim = mask & ~ndimage.binary_erosion(mask, iterations=_HALO_PX, border_value=1)
+    return mask & ~(rim & (saturation < halfway))
+
+
+def without_specks(mask: Bool[np.ndarray, "h w"], pixels: float) -> Bool[np.ndarray, "h w"]:
+    """Mask without its components of fewer than that many pixels."""
     pieces, _ = ndimage.label(mask)
-    large = np.bincount(pieces.ravel()) >= size
+    large = np.bincount(pieces.ravel()) >= pixels
     large[0] = False
-    large = large[pieces]
-    return large, mask & ~large
+    return large[pieces]
+
+
+def holes_of(mask: Bool[np.ndarray, "h w"], pixels: float) -> Bool[np.ndarray, "h w"]:
+    """Holes of a mask of fewer than that many pixels, without those at its border."""
+    return _enclosed(~mask & ~without_specks(~mask, pixels))
 
 
 def _enclosed(mask: np.ndarray) -> np.ndarray:

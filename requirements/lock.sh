@@ -62,6 +62,8 @@ lock_peers() {
     lock 3.11 peers/tensorflow.txt peers/tensorflow.in
     lock 3.11 peers/transformers4.txt peers/transformers4.in "$work/torch-requires"
     lock 3.11 peers/geojson.txt peers/geojson.in
+    lock 3.11 peers/scverse.txt ../setup.cfg --extra test --extra anndata --extra spatialdata "$work/torch-requires" \
+        "$work/minilm"
     # oldest: the lowest versions that setup.cfg allows; newest: the newest of the index.
     lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" "$work/minilm" --resolution lowest-direct
     lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires" "$work/minilm"

@@ -90,7 +90,7 @@ def _beside(name: str) -> ModuleType:
 
 
 decoder_folder = _beside("decoder_folders").decoder_folder  # a fixture
-_beside("vision_weights")  # imported by tests under this name
+small_encoder = _beside("vision_weights").small_encoder  # a fixture; the module is imported by tests under this name
 if importlib.util.find_spec("beartype") is not None:  # most environments of `make test-peers` lack it
     _shapes = _beside("shapes")
     _shapes.install()
@@ -165,6 +165,20 @@ class Cohort:
         """The options of `pathflip train` that name this cohort."""
         parts = {"records": self.records, "texts": self.texts, "slides": self.slides, "tokenizer": self.vocabulary}
         return [f"--config.data.{name}={path}" for name, path in parts.items()]
+
+
+@pytest.fixture
+def task_of_folds(tiny_cohort, tmp_path) -> Path:
+    """The tiny cohort's table as a task of Patho-Bench: fold_0 is its split, fold_1 the split with sides exchanged."""
+    exchanged = {"train": "train", "val": "test", "test": "val"}
+    rows = [line.split(",") for line in tiny_cohort.slides.read_text().splitlines()[1:]]
+    lines = ["case_id\tslide_id\tstructure\tfold_0\tfold_1"]
+    lines += [f"{p}\t{slide}\t{int(label == 'solid')}\t{s}\t{exchanged[s]}" for slide, p, label, s in rows]
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "k=all.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text("task_col: structure\nlabel_dict: {0: glandular, 1: solid}\n")
+    return folder / "k=all.tsv"
 
 
 @pytest.fixture(scope="session")

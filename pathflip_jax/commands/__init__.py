@@ -26,9 +26,9 @@ COMMANDS = {
     "serve": "show slides in a browser: search them by text, see where a text matches, ask questions about them",
     "caption": "write a report of a slide with a trained language model",
     "ask": "answer a question about a slide with a trained language model",
-    "embed": "embed every slide of a folder into one Parquet file",
+    "embed": "embed every slide of a folder into one Parquet or AnnData file",
     "convert": "turn PyTorch weights (of a released model, or written by `pathflip export`) into a run folder",
-    "export": "export a trained model for PyTorch, transformers or PEFT",
+    "export": "export a trained model for PyTorch, transformers or PEFT, or records as feature files of TRIDENT",
 }
 _MODULES = {"import": "import_features"}  # `import` is a keyword of Python
 

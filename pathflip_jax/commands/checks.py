@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pathflip_jax.commands.findings import Finding, guarded
 from pathflip_jax.data.storage.files import Place
+from pathflip_jax.data.texts.split_files import SlideTableFile
 from pathflip_jax.runtime import limits, ulimits
 
 # Packages, and the module of each.
@@ -55,7 +56,7 @@ MIN_OPEN_FILES, MIN_SHARED_BYTES = 1024, 1 << 29  # NCCL needs some tens of mega
 def examine(
     *,
     records: Place | None = None,
-    slides: Place | None = None,
+    slides: SlideTableFile | None = None,
     texts: Place | None = None,
     tokenizer: Place | None = None,
     configs: Sequence[str] = (),
@@ -79,7 +80,7 @@ def examine(
     return findings
 
 
-def _data(*places: Place | None) -> list[Finding]:
+def _data(*places: SlideTableFile | None) -> list[Finding]:
     from pathflip_jax.commands.data_checks import examine_data
 
     return examine_data(*places)

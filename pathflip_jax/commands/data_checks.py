@@ -12,7 +12,7 @@ from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.texts.cases import Sources, bag_keys, slides_of_case
 from pathflip_jax.data.texts.identity import SlideNames, connected, is_missing, patient_keys
-from pathflip_jax.data.texts.tables import read_rows
+from pathflip_jax.data.texts.split_files import SlideTableFile, folds_hint, read_split_rows
 from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
@@ -26,7 +26,7 @@ class DataRead(NamedTuple):
     slide in the records to its row.
     """
 
-    places: dict[str, Place]
+    places: dict[str, SlideTableFile]
     ids: list[str] | None = None
     cases: list[str] | None = None
     rows: Sequence[dict] | None = None
@@ -39,7 +39,7 @@ class DataRead(NamedTuple):
 
 
 def examine_data(
-    records: Place | None, slides: Place | None, texts: Place | None, tokenizer: Place | None
+    records: Place | None, slides: SlideTableFile | None, texts: Place | None, tokenizer: Place | None
 ) -> list[Finding]:
     """Check each given input, and each against the others."""
     found: list[Finding] = []
@@ -91,9 +91,9 @@ def _opened(name: str, read, found: list[Finding]):
     return content
 
 
-def _rows(table: Place) -> list[dict[str, str]]:
+def _rows(table: SlideTableFile) -> list[dict[str, str]]:
     """Rows of a slide table, including slides listed twice, which the check of the split reports."""
-    return [slide_row(row) for row in read_rows(table)]
+    return [slide_row(row) for row in read_split_rows(table)]
 
 
 def _size(cohort: Records) -> str:
@@ -115,12 +115,13 @@ def _records(folder: Place, reported: Collection[str]) -> Iterator[Finding]:
             )
 
 
-def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
+def _slides(rows: Sequence[dict], table: SlideTableFile) -> Iterator[Finding]:
     """Check the slide table: its splits and patients, as in `pathflip split --check`."""
     people = connected([patient_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in rows])
     sides = Counter(row["split"] or "none" for row in rows)
     listed = ", ".join(f"{side} {count}" for side, count in sides.items())
-    yield Finding("slides", f"{len(rows)} slides of {len(set(people))} patients; split: {listed}", "ok")
+    hint = "" if any(row["split"] for row in rows) else folds_hint(rows)
+    yield Finding("slides", f"{len(rows)} slides of {len(set(people))} patients; split: {listed}{hint}", "ok")
     nobody = [row["slide_id"] for row in rows if is_missing(row["patient_id"]) and is_missing(row["case_id"])]
     if nobody:
         found = (

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from pathflip_jax.commands import WRONG_INPUT
-from pathflip_jax.commands.options import command, place
+from pathflip_jax.commands.options import add_fold_option, command, place
 
 
 def add(commands) -> None:
@@ -23,6 +23,7 @@ def add(commands) -> None:
         metavar="CSV",
         help="slide table: checks splits and patients, and whether it matches the records",
     )
+    add_fold_option(parser)
     parser.add_argument("--texts", type=place, help="text table: checks whether it matches the records")
     parser.add_argument(
         "--tokenizer",
@@ -37,10 +38,11 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.commands.checks import examine
     from pathflip_jax.commands.findings import print_findings
+    from pathflip_jax.data.texts.split_files import one_fold
 
     findings = examine(
         records=options.records,
-        slides=options.slides,
+        slides=one_fold(options.slides, options.fold),
         texts=options.texts,
         tokenizer=options.tokenizer,
         configs=options.config,

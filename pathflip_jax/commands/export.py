@@ -1,8 +1,8 @@
-"""`pathflip export`: a run folder as PyTorch weights, or as a Hugging Face or PEFT folder."""
+"""`pathflip export`: a run folder as PyTorch weights, or as a Hugging Face or PEFT folder; records as TRIDENT files."""
 
 import argparse
 
-from pathflip_jax.commands.options import command, local_path, path_text, place
+from pathflip_jax.commands.options import FAILED_SLIDES, command, local_path, path_text, place
 
 
 def add(commands) -> None:
@@ -14,14 +14,18 @@ def add(commands) -> None:
         "pathflip export runs/base --to pytorch --out exported",
         "pathflip export runs/base --to huggingface --scores scores --out for_transformers",
         "pathflip export runs/lm2 --to peft --out adapter",
+        "pathflip export records --to trident --out features",
     )
-    parser.add_argument("run_folder", type=place, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "run_folder", type=place, metavar="RUN", help="run folder; with --to trident: folder of records"
+    )
     parser.add_argument(
         "--to",
-        choices=["pytorch", "peft", "huggingface"],
+        choices=["pytorch", "peft", "huggingface", "trident"],
         default="pytorch",
         help="pytorch (default): the model for PyTorch; huggingface: the model for transformers, of a language run its "
-        "whole decoder; peft: the adapter of a language run",
+        "whole decoder; peft: the adapter of a language run; trident: the features of records, an h5 file per slide, "
+        "for all that read TRIDENT's files: CLAM, Patho-Bench, MIL-Lab, LazySlide",
     )
     parser.add_argument(
         "--which", choices=["best", "latest"], default="best", help="checkpoint to export (default best)"
@@ -57,6 +61,8 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.to == "trident":
+        return _export_records(options)
     from pathflip_jax.inference.assistant import is_language_run
 
     if options.pt and options.to != "pytorch":
@@ -97,3 +103,18 @@ def _run(options: argparse.Namespace) -> int:
         export(options.run_folder, options.out, which=options.which, pt=options.pt, dtype=options.dtype)
         print(f"{options.out}: PyTorch weights under the released model's names; README.md shows how to load them")
     return 0
+
+
+def _export_records(options: argparse.Namespace) -> int:
+    from pathflip_jax.export.trident import export_trident
+
+    of_models = ("pt", "scores", "encoder_licence", "about", "decoder", "aligner")
+    given = [f"--{name.replace('_', '-')}" for name in of_models if getattr(options, name)]
+    given += [
+        f"--{name}" for name, usual in (("which", "best"), ("dtype", "float32")) if getattr(options, name) != usual
+    ]
+    if given:
+        raise ValueError(f"--to trident writes the features of records, not a model: drop {', '.join(given)}")
+    report = export_trident(options.run_folder, options.out)
+    print(report.summary())
+    return FAILED_SLIDES if report.failed else 0

@@ -94,6 +94,11 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write DIR/page, a deep-zoom view of the slide and its maps for the browser",
     )
+    parser.add_argument(
+        "--spatialdata",
+        action="store_true",
+        help="also write DIR/<slide>.zarr: patches with their scores, areas and best patches as SpatialData",
+    )
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--json", action="store_true", help="print the paths of the files as JSON")
 
@@ -103,6 +108,10 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.top is not None and options.top < 1:
         raise ValueError(f"--top {options.top}: expected a number above 0")
+    if options.spatialdata:
+        from pathflip_jax.grounding.spatialdata_file import require_spatialdata
+
+        require_spatialdata()
     with GroundingWriter() as writer:
         return _ground_all(options, writer)
 
@@ -145,7 +154,7 @@ def _ground(options: argparse.Namespace, predictor, slide, image, writer: "Groun
     """Ground the texts on a slide and write its files, and add it to the `pages`, if any are asked for."""
     from pathflip_jax.grounding.patch_selection import select_patches
     from pathflip_jax.grounding.placement import check_on_slide, check_same_slide
-    from pathflip_jax.grounding.writer import TOP
+    from pathflip_jax.grounding.top_patches import TOP
 
     if options.top is not None and image is None:
         raise ValueError(f"--top {options.top}: expected --image, the slide file to cut patches from")
@@ -168,16 +177,16 @@ def _ground(options: argparse.Namespace, predictor, slide, image, writer: "Groun
         from pathflip_jax.viewer.static import PageSlide
 
         pages.append(PageSlide(slide.slide_id, image, lambda: grounding))
-    return writer.write(
-        options.out,
-        grounding,
-        image=image,
-        measures=measures,
-        threshold=0.0 if options.threshold is None and options.negative else options.threshold,
-        smooth=options.smooth,
-        min_patches=options.min_patches,
-        top=options.top or TOP,
-    )
+    areas = {name: getattr(options, name) for name in ("smooth", "min_patches")}
+    areas |= {"measures": measures, "threshold": options.threshold, "top": options.top or TOP}
+    if options.threshold is None and options.negative:
+        areas["threshold"] = 0.0
+    written = writer.write(options.out, grounding, image=image, **areas)
+    if options.spatialdata:
+        from pathflip_jax.grounding.spatialdata_file import write_spatialdata
+
+        written["spatialdata"] = write_spatialdata(options.out, grounding, **areas)
+    return written
 
 
 def _write_page(options: argparse.Namespace, predictor, pages: list, written: dict[str, dict]) -> None:

@@ -185,6 +185,12 @@ def _add_distribution_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fold_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the fold of a slide table."""
+    help = "fold of a slide table that holds several, as the k=all.tsv of Patho-Bench: 0 or fold_0"
+    parser.add_argument("--fold", metavar="K", help=help)
+
+
 def add_shared_options(parser: argparse.ArgumentParser, *fields: str) -> None:
     """Add options of `evaluate` to another command, by their field in `EvaluationSpec`, with the same defaults."""
     add_spec_options(parser, {field: SPEC_OPTIONS[field]._replace(group="") for field in fields})

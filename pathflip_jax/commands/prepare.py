@@ -15,6 +15,7 @@ from pathflip_jax.commands.options import (
     print_records_reports,
     records_settings,
 )
+from pathflip_jax.data.pixels.reader_names import READERS
 
 
 def add(commands) -> None:
@@ -28,7 +29,10 @@ def add(commands) -> None:
         *beam_examples("prepare /mnt/slides"),
     )
     parser.add_argument(
-        "slides_folder", type=local_path, metavar="SLIDES", help="folder of slides that OpenSlide can read"
+        "slides_folder",
+        type=local_path,
+        metavar="SLIDES",
+        help="folder of slides, a slide, or the folder of a DICOM series",
     )
     _add_encoder_options(parser)
     parser.add_argument(
@@ -48,14 +52,46 @@ def add(commands) -> None:
         action="store_true",
         help="keep pen marks as tissue, for stains that resemble them, such as blue trichrome",
     )
-    parser.add_argument(
-        "--reader",
-        choices=("openslide", "tifffile"),
-        default="openslide",
-        help="decoder of pixels: OpenSlide (default), or tifffile, several times as fast on tiled TIFF such as SVS, "
-        "with the same pixels; other files stay with OpenSlide",
-    )
+    _add_tissue_options(parser)
+    _add_pixel_options(parser)
     add_records_options(parser)
+
+
+def _add_tissue_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for tissue masks: their detector or origin, their areas, and their review."""
+    parser.add_argument(
+        "--tissue",
+        choices=("embedded", "otsu", "clam", "lazyslide"),
+        help="tissue detector: embedded (built in, default), or otsu, clam and lazyslide as those tools find tissue by "
+        "default; with --tissue-from, for slides without a mask there",
+    )
+    parser.add_argument(
+        "--tissue-from",
+        type=local_path,
+        metavar="DIR",
+        help="folder of tissue masks made elsewhere: SLIDE.geojson in level-0 pixels (QuPath, TRIDENT), else SLIDE.png "
+        "(nonzero is tissue); a slide without one fails, unless --tissue names a detector",
+    )
+    parser.add_argument(
+        "--holes",
+        type=number("holes"),
+        metavar="UM2",
+        help="fill holes of less than this area (default: 20000, or that of a patch if it is less; another detector's "
+        "own)",
+    )
+    parser.add_argument(
+        "--smallest",
+        type=number("smallest"),
+        metavar="UM2",
+        help="keep pieces of tissue of at least this area (default: 300; another detector's own)",
+    )
+    parser.add_argument(
+        "--sheet",
+        type=local_path,
+        metavar="FILE",
+        help="PNG or PDF to draw a thumbnail of every slide with its tissue mask in; of a folder that is complete, "
+        "nothing is encoded again",
+    )
 
 
 def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +138,23 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_pixel_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for decoding pixels and for their colours."""
+    parser.add_argument(
+        "--reader",
+        choices=READERS,
+        default=READERS[0],
+        help="decoder of pixels: OpenSlide (default), tifffile, several times as fast on tiled TIFF such as SVS, or "
+        "wsidicom, with the same pixels; what OpenSlide does not read goes to the reader for it in any case",
+    )
+    parser.add_argument(
+        "--icc",
+        action="store_true",
+        help="convert the colours of patches to sRGB by each slide's embedded ICC profile (default: as stored); "
+        "features with and without it do not mix",
+    )
+
+
 def _encoder(text: str) -> str:
     kind, colon, name = text.partition(":")
     return f"{kind}{colon}{path_text(name)}"
@@ -120,10 +173,16 @@ def _run(options: argparse.Namespace) -> int:
             assume_mpp=options.assume_mpp,
             min_tissue=options.min_tissue,
             keep_ink=options.keep_ink,
+            tissue=options.tissue,
+            tissue_from=options.tissue_from,
+            holes_um2=options.holes,
+            smallest_um2=options.smallest,
+            sheet=options.sheet,
             half=options.half,
             batch_size=options.batch_size,
             weights=weights,
             reader=options.reader,
+            icc=options.icc,
             **records_settings(options),
         )
         for encoder, patch_size, mpp, weights in zip(

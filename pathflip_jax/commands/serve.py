@@ -1,6 +1,7 @@
 """`pathflip serve`: slides in a browser, with grounding of texts."""
 
 import argparse
+import sys
 
 from pathflip_jax.commands.options import (
     RUN_HELP,
@@ -12,6 +13,7 @@ from pathflip_jax.commands.options import (
     path_text,
     place,
 )
+from pathflip_jax.commands.slide_sources import add_encoding_options, add_fact_options, slide_reader
 from pathflip_jax.llm.sampling import Sampling
 
 
@@ -21,6 +23,7 @@ def add(commands) -> None:
         commands,
         "serve",
         _run,
+        "pathflip serve slides --checkpoint runs/base",
         "pathflip serve --slides slides --records records --checkpoint runs/base",
         "pathflip serve --slides slides --features features --checkpoint runs/base --embeddings embeddings.parquet "
         "--language runs/lm2",
@@ -37,7 +40,18 @@ def add(commands) -> None:
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     """Add the options for the slides shown and the runs queried."""
     parser.add_argument(
-        "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, only patches are shown"
+        "slide",
+        type=local_path,
+        nargs="?",
+        metavar="SLIDES",
+        help="folder of slide files, feature files and records, or one of these; slides without features are encoded "
+        "while the viewer runs, also those that are added to the folder later",
+    )
+    parser.add_argument(
+        "--slides",
+        type=local_path,
+        metavar="DIR",
+        help="folder of slide files, where their features are elsewhere; slides without features are encoded as well",
     )
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
     source = parser.add_mutually_exclusive_group()
@@ -60,6 +74,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aligner", type=path_text, default="", metavar="RUN", help="run folder of its aligner, if it has moved"
     )
+    add_fact_options(parser)
+    add_encoding_options(parser)
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
@@ -112,10 +128,7 @@ def _run(options: argparse.Namespace) -> int:
         if name not in ("starlette", "uvicorn"):
             raise
         raise ImportError(f"the viewer needs {name}: pip install pathflip-jax[viewer]") from None
-    if options.slides is None and options.records is None and options.features is None:
-        raise ValueError(
-            "nothing to show: pass --slides, or --records or --features, or --slides with one of these two"
-        )
+    _check_sources(options)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: expected 0 to 65535")
     proxy = read_proxy(options.public_name, options.root_path, options.proxy_headers, options.frame_ancestors)
@@ -128,11 +141,10 @@ def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.viewer.pictures import Pictures
     from pathflip_jax.viewer.search import Search, read_slide_embeddings
     from pathflip_jax.viewer.session import Session
-    from pathflip_jax.viewer.slides import list_slides
 
     with listener:
         records = None if options.records is None else Records(options.records)
-        slides = list_slides(options.slides, records=records, features=options.features)
+        slides = _slides(options, records)
         predictor = load(options.checkpoint)
         if records is not None:
             predictor.check_records(records)
@@ -144,6 +156,51 @@ def _run(options: argparse.Namespace) -> int:
 
             assistant = load_assistant(options.language, decoder=options.decoder, aligner=options.aligner)
             speaker = Speaker(assistant, Sampling.from_options(vars(options)))
-        grounder = Grounder(predictor, options.method, options.window)
-        run(Session(slides, Pictures(), grounder, Search(slides, found), speaker), listener, token, proxy)
+        grounder, search = Grounder(predictor, options.method, options.window), Search(slides, found)
+        intake = _intake(options, predictor, slides, search)
+        run(Session(slides, Pictures(), grounder, search, speaker, intake), listener, token, proxy)
     return 0
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    apart = [name for name in ("slides", "records", "features") if getattr(options, name) is not None]
+    if options.slide is None and not apart:
+        raise ValueError(
+            "nothing to show: pass a folder of slides, or --slides, --records or --features where they are apart"
+        )
+    if options.slide is not None and apart:
+        raise ValueError(
+            f"{options.slide} and --{apart[0]}: pass one folder of everything, or the parts by --slides and --records "
+            "or --features"
+        )
+
+
+def _slides(options: argparse.Namespace, records) -> list:
+    """Slides to show, those of one folder or of its parts; a folder that is still empty has none."""
+    from pathflip_jax.inference.sources import find_sources
+    from pathflip_jax.viewer.slides import list_slides
+
+    if options.slide is None:
+        return list_slides(options.slides, records=records, features=options.features)
+    if options.slide.is_dir() and not any(options.slide.iterdir()):
+        return []
+    given = {"patch_size": options.patch_size, "mpp": options.mpp}
+    found = find_sources(options.slide, {name: value for name, value in given.items() if value is not None})
+    for failure in found.failed:
+        print(f"slide {failure.slide} is not shown: {failure.error}", file=sys.stderr)
+    return found.slides
+
+
+def _intake(options: argparse.Namespace, predictor, slides: list, search):
+    """Encoder of slides without features, and watcher of the folder of slide files."""
+    from pathflip_jax.viewer.intake import Intake
+
+    reader, refusal = slide_reader(options, predictor), ""
+    try:
+        reader.check()
+    except (ValueError, OSError, ImportError) as error:
+        reader, refusal = None, str(error)
+        if any(slide.features is None for slide in slides):
+            print(f"slides without features are shown, but not encoded: {error}", file=sys.stderr)
+    folder = options.slide or options.slides
+    return Intake(slides, reader, folder if folder and folder.is_dir() else None, refusal, search.add)

@@ -57,6 +57,15 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
         help="recognise slides in the cache by all of their bytes, not only by size, time, head and tail",
     )
     group.add_argument(
+        "--min-tissue",
+        type=number("min-tissue"),
+        default=0.25,
+        help="minimum tissue fraction of a patch (default 0.25)",
+    )
+    group.add_argument(
+        "--keep-ink", action="store_true", help="keep pen marks as tissue, for stains that resemble them"
+    )
+    group.add_argument(
         "--workers",
         type=number("workers"),
         metavar="N",
@@ -89,6 +98,8 @@ def slide_reader(options: argparse.Namespace, predictor):
         workers=options.workers,
         patch_size=getattr(options, "patch_size", None),
         mpp=getattr(options, "mpp", None),
+        min_tissue=options.min_tissue,
+        keep_ink=options.keep_ink,
     )
     return SlideReader(predictor, settings)
 

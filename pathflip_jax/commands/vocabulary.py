@@ -2,7 +2,7 @@
 
 import argparse
 
-from pathflip_jax.commands.options import command, local_path, number, place
+from pathflip_jax.commands.options import add_fold_option, command, local_path, number, place
 
 
 def add(commands) -> None:
@@ -16,6 +16,7 @@ def add(commands) -> None:
     )
     parser.add_argument("texts", type=place, metavar="TEXTS", help="text table of the reports")
     parser.add_argument("--slides", type=place, metavar="CSV", help="slide table with the splits, for --split")
+    add_fold_option(parser)
     parser.add_argument("--split", help="use only the texts of slides in this split")
     parser.add_argument("--size", type=number("size"), default=2000, help="maximum number of tokens (default 2000)")
     parser.add_argument(
@@ -31,6 +32,7 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.data.records.splits import unknown_split_message
     from pathflip_jax.data.storage.failures import preview
+    from pathflip_jax.data.texts.split_files import one_fold
     from pathflip_jax.data.texts.text import match_texts, read_slide_table, read_texts
     from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
@@ -38,10 +40,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.split:
         if not options.slides:
             raise ValueError("--split needs the slide table with the splits: add --slides slides.csv")
-        rows = read_slide_table(options.slides)
+        table = one_fold(options.slides, options.fold)
+        rows = read_slide_table(table)
         wanted = {row["slide_id"] for row in rows if row["split"] == options.split}
         if not wanted:
-            raise ValueError(f"{unknown_split_message(options.slides, options.split, rows)}; name another with --split")
+            raise ValueError(f"{unknown_split_message(table, options.split, rows)}; name another with --split")
         cases = [(row["case_id"], row["patient_id"]) for row in rows]
         matched = match_texts(texts, [row["slide_id"] for row in rows], cases)
         texts = [text for text in matched if wanted.intersection(text.slide_ids)]

@@ -18,8 +18,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pathflip_jax.convert.decoder_folders import open_file, open_set
-from pathflip_jax.convert.torch_archive import read_archive
 from pathflip_jax.convert.vision_names import Names, Source, names_of, respelled, without_leading_ones
+from pathflip_jax.data.readers.torch_archive import read_archive
 from pathflip_jax.data.storage.folders import describe_placeholder
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.vision.config import VisionConfig

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pathflip_jax.data.texts.split_files import one_fold
 from pathflip_jax.evaluate import figures, published, report
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.embeddings import embed_bags
@@ -34,7 +35,7 @@ def evaluate(spec: EvaluationSpec) -> dict:
     """
     spec = _place_language_run(spec)
     tasks = _wanted_tasks(spec)
-    cohort = read_cohort(spec.records, spec.slides, spec.split, spec.strict, spec.images)
+    cohort = read_cohort(spec.records, one_fold(spec.slides, spec.fold), spec.split, spec.strict, spec.images)
     setting = Setting(spec, cohort, read_protocol(spec.protocol))
     data = {task.key: task.read(setting) for task in tasks}
 
@@ -107,6 +108,7 @@ def _write(setting: Setting, parts: dict[str, Part], config) -> dict:
         "patients": len(set(cohort.patients)),
         "interval": f"95%, bootstrap by patient, {statistics.DRAWS} draws, seed {spec.seed}",
     }
+    found |= {"fold": spec.fold} if spec.fold else {}
     found |= {key: part.scores for key, part in parts.items()}
     found["warnings"] = warnings
     found["protocol"] = {"name": setting.protocol.name, "notes": setting.protocol.words(found)}

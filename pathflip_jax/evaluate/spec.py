@@ -57,8 +57,11 @@ class EvaluationSpec:
 
     run: Place | Sequence[Place]
     records: Place = _required(PLACE, "folder of records")
-    slides: Place = _required(PLACE, "slide table: slide_id, patient_id, label, split", "CSV")
+    slides: Place = _required(
+        PLACE, "slide table: slide_id, patient_id, label, split; or a split file of CLAM or Patho-Bench", "CSV"
+    )
     out: Place
+    fold: str | None = _option(None, TEXT, "fold of a slide table that holds several, as k=all.tsv of Patho-Bench", "K")
     split: str = _option("test", TEXT, "split to score (default test)")
     strict: bool = _option(False, FLAG, "fail on a faulty split (pathflip split --check)")
     protocol: str = _option(

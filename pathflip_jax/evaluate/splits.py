@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.storage.failures import preview
+from pathflip_jax.data.storage.files import as_path
 from pathflip_jax.data.texts.identity import connected, fold, fold_slide, is_missing, preferred_spelling
-from pathflip_jax.data.texts.tables import read_rows, write_csv
+from pathflip_jax.data.texts.split_files import SIDES, is_fold, one_fold, read_split_rows, side_and_table
+from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.data.texts.text import row_columns, slide_row
 from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, patients
 
-SIDES = ("train", "val", "test")
 SHARES = (0.7, 0.1, 0.2)
 LABEL_WEIGHT = 50  # relative to sites: a label imbalance of 2% of a share outweighs a site that is entirely in one part
 MOST_LABELS = 20  # maximum number of distinct values in a column of labels
@@ -59,18 +60,20 @@ class Check(NamedTuple):
         return {"faulty": bool(self.faults), "sides": self.sides, "sites": self.sites, "findings": findings}
 
 
-def read_split(tables: Sequence[str], label: str = "") -> list[dict[str, str]]:
+def read_split(tables: Sequence[str], label: str = "", fold_name: str = "") -> list[dict[str, str]]:
     """The rows of one slide table, or of several as one; "test=FILE" puts the rows of a file on that side.
 
-    `label` is the column of labels if it is not `label`. A slide listed twice is kept twice, for the check to find.
-    Raises ValueError as `slide_row`, and for a table without that column.
+    `label` is the column of labels if it is not `label`, `fold_name` the fold of tables that hold several. A slide
+    listed twice is kept twice, for the check to find. Raises ValueError as `slide_row`, and for a table without that
+    column.
     """
     found, column = [], label.strip().lower()
     for table in tables:
-        side, _, path = str(table).rpartition("=")
-        if side and side not in SIDES:
-            raise ValueError(f"{table}: {side!r} before the file is not a split; expected {', '.join(SIDES)}")
-        read = read_rows(path)
+        side, path = side_and_table(str(table))
+        before, equals, _ = path.partition("=")
+        if equals and not as_path(path).exists():
+            raise ValueError(f"{table}: {before!r} before the file is not a split; expected {', '.join(SIDES)}")
+        read = read_split_rows(one_fold(path, fold_name))
         if column and (lacking := next((row for row in read if column not in row.values), None)):
             raise ValueError(f"{lacking.place}: no column {label!r}, {row_columns(lacking)}")
         rows = [slide_row(row) for row in read]
@@ -84,6 +87,8 @@ def unlabelled(rows: Sequence[Mapping[str, str]]) -> list[Finding]:
         return []
     found = {}
     for name in dict.fromkeys(name for row in rows for name in row if name and name not in _NOT_LABELS):
+        if is_fold(name):
+            continue
         values = [row[name] for row in rows if not is_missing(row.get(name, ""))]
         if 2 <= len(set(values)) <= min(MOST_LABELS, len(values) // 2):
             found[name] = f"{name} ({len(set(values))} values)"
@@ -352,7 +357,7 @@ def write_splits(
         raise ValueError(f"too few {kind}: {len(empty)} of {len(shares)} parts would be empty; take larger shares")
     if not folds:
         sides = SIDES if len(shares) == 3 else ("train", "test")
-        table = _with_sides(rows, [sides[p] for p in part])
+        table = with_sides(rows, [sides[p] for p in part])
         write_csv(out, table)
         return {str(out): examined(table)}
     if out.exists():
@@ -362,14 +367,14 @@ def write_splits(
     partial.mkdir(parents=True)
     checks = {}
     for tested in range(folds):
-        table = _with_sides(rows, [{0: "test", 1: "val"}.get((p - tested) % folds, "train") for p in part])
+        table = with_sides(rows, [{0: "test", 1: "val"}.get((p - tested) % folds, "train") for p in part])
         write_csv(partial / f"fold-{tested + 1}.csv", table)
         checks[str(out / f"fold-{tested + 1}.csv")] = examined(table)
     partial.rename(out)
     return checks
 
 
-def _with_sides(rows, sides: Sequence[str]) -> list[dict[str, str]]:
+def with_sides(rows, sides: Sequence[str]) -> list[dict[str, str]]:
     """The rows with their new sides, all with the same columns, the standard ones first."""
     first = ("slide_id", "patient_id", "label", "split")
     columns = dict.fromkeys([*first, *(name for row in rows for name in row if name != "case_id")])

@@ -3,11 +3,12 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.grounding.boxes import MIN_PATCHES, find_boxes, thresholds_of
+from pathflip_jax.grounding.boxes import MIN_PATCHES, Box, find_boxes, thresholds_of
 from pathflip_jax.grounding.canvas import DPI, Canvas
 from pathflip_jax.grounding.files import FOR_READERS, as_facts, as_geojson, write_attention
 from pathflip_jax.grounding.heatmap import draw_grounding
@@ -17,6 +18,25 @@ from pathflip_jax.grounding.placement import Measures
 from pathflip_jax.grounding.sheet import draw_sheet
 from pathflip_jax.grounding.surface import make_surface
 from pathflip_jax.grounding.top_patches import TopPatches, list_patches
+
+
+class Areas(NamedTuple):
+    """Areas of a grounding's texts above their thresholds (`limits`)."""
+
+    grounding: Grounding
+    limits: list[float]
+    boxes: list[Box]
+
+
+def find_areas(
+    grounding: Grounding, measures: Measures | None, threshold: float | None, smooth: float, min_patches: float
+) -> Areas:
+    """Areas as from `find_boxes`; the mpp of the slide file's `measures` replaces an unknown one."""
+    if measures is not None and not grounding.mpp:
+        grounding = grounding._replace(mpp=measures.mpp)
+    surface = make_surface(grounding, smooth)
+    limits = thresholds_of(surface, threshold)
+    return Areas(grounding, limits, find_boxes(grounding, surface, limits, min_patches=min_patches))
 
 
 def write_grounding(
@@ -40,11 +60,7 @@ def write_grounding(
     """
     name = grounding.slide_id
     out.mkdir(parents=True, exist_ok=True)
-    if measures is not None and not grounding.mpp:
-        grounding = grounding._replace(mpp=measures.mpp)
-    surface = make_surface(grounding, smooth)
-    limits = thresholds_of(surface, threshold)
-    boxes = find_boxes(grounding, surface, limits, min_patches=min_patches)
+    grounding, limits, boxes = find_areas(grounding, measures, threshold, smooth, min_patches)
     outlines = {text: [ring for box in boxes if box.text == text for ring in box.outline] for text in grounding.texts}
     counts = [sum(box.text == text for box in boxes) for text in grounding.texts]
     notes = [f"areas above {limit:.3g}: {count}" for limit, count in zip(limits, counts, strict=True)]

@@ -16,11 +16,9 @@ from pathflip_jax.data.readers import guarded
 from pathflip_jax.grounding.canvas import SLIDE_PIXELS, Canvas, panel_pixels, read_thumbnail
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.placement import Measures, read_measures
-from pathflip_jax.grounding.top_patches import read_top_patches, write_patches
+from pathflip_jax.grounding.top_patches import TOP, read_top_patches, write_patches
 from pathflip_jax.runtime import workers
 from pathflip_jax.runtime.collection import paused_collection
-
-TOP = 8  # best patches of a text
 
 
 class GroundingWriter:

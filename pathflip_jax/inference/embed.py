@@ -27,6 +27,7 @@ from pathflip_jax.data.records.splits import unknown_split_message
 from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.json_files import write_json
+from pathflip_jax.data.texts.split_files import SlideTableFile
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.inference.embedding_files import FORMAT, find_rows, in_order, make_table, write_table
 from pathflip_jax.inference.load import load
@@ -98,7 +99,7 @@ def embed(
     records: Records | Place | str,
     out: Path | str,
     *,
-    slides_table: Place | str | None = None,
+    slides_table: SlideTableFile | None = None,
     split: str | None = None,
     regions: bool = False,
     batch_size: int = 8,
@@ -123,7 +124,7 @@ def embed(
     predictor = run if isinstance(run, Predictor) else load(run)
     _check_name(out)
     predictor.check_records(archive)
-    ids, failed, notes = _select(archive, slides_table, split)
+    ids, failed, notes = select_slides(archive, slides_table, split)
     claim = _claim(predictor, archive, ids, regions, split)
     partial = partial_path(out)
     there = find_rows(_files(out), claim)
@@ -164,8 +165,8 @@ def _claim(
     }  # fmt: skip
 
 
-def _select(
-    archive: Records, table: Place | str | None, split: str | None
+def select_slides(
+    archive: Records, table: SlideTableFile | None, split: str | None
 ) -> tuple[list[str], list[Failure], list[str]]:
     """Slides to embed in the order of the records, slides of the table missing from the records, and notes on ids."""
     ids = [info.slide_id for info in archive.slides]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathflip_jax.data.records.records import Records, finish_folder, shard_name
 from pathflip_jax.data.storage.failures import Failure
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.inference.run_encoder import EncodedRun, settings_of_run
-from pathflip_jax.inference.slide_cache import CAPACITY, Entry, SlideCache
+from pathflip_jax.inference.slide_cache import CAPACITY, Entry, SlideCache, fingerprint
 from pathflip_jax.inference.sources import SlideSource, Sources, choose, find_sources
 from pathflip_jax.vision.recipes import registry_name
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from data_prep.slide_encoder import SlideEncoder
 
 log = logging.getLogger(__name__)
+_ATTEMPTS = 3  # to open an entry of the cache before it is removed again
 OnProgress = Callable[[str, int, int], Any]
 
 
@@ -37,7 +38,8 @@ class ReadingSettings:
 
     `cache` is its folder (None: the user's), `cache_bytes` its capacity, `whole_files` whether slides are told apart by
     all of their bytes. `weights` are those of the patch encoder, `workers` the processes that read slides. `patch_size`
-    (level-0 pixels) and `mpp` fill in what a feature file, a slide or the run lacks.
+    (level-0 pixels) and `mpp` fill in what a feature file, a slide or the run lacks; `min_tissue` and `keep_ink` are as
+    in `PrepareSettings`.
     """
 
     cache: Path | None = None
@@ -47,6 +49,8 @@ class ReadingSettings:
     workers: int | None = None
     patch_size: int | None = None
     mpp: float | None = None
+    min_tissue: float = 0.25
+    keep_ink: bool = False
 
     @property
     def known(self) -> dict[str, Any]:
@@ -64,15 +68,14 @@ class SlideReader:
     @cached_property
     def _how(self) -> PrepareSettings:
         own = self.settings
-        return settings_of_run(
+        how = settings_of_run(
             self._run, weights=own.weights, patch_size=own.patch_size, mpp=own.mpp, workers=own.workers
         )
+        return replace(how, min_tissue=own.min_tissue, keep_ink=own.keep_ink)
 
     @cached_property
     def _encoder(self) -> "SlideEncoder":
-        from data_prep.slide_encoder import (
-            SlideEncoder,  # with all that reads slides: not needed for those in the cache
-        )
+        from data_prep.slide_encoder import SlideEncoder  # all that reads slides: not needed for those in the cache
 
         recipe = self._run.recipe
         return SlideEncoder(self._how, recipe and replace(recipe, encoder=registry_name(recipe.encoder)))
@@ -81,6 +84,13 @@ class SlideReader:
     def cache(self) -> SlideCache:
         """Cache of encoded slides."""
         return SlideCache(self.settings.cache, self.settings.cache_bytes, self.settings.whole_files)
+
+    def check(self) -> None:
+        """Raise ValueError, OSError or ImportError where slides cannot be encoded for the run, before any is.
+
+        A network is loaded with the first slide; here its name and its patches are checked, and the cache.
+        """
+        _ = self._encoder, self.cache
 
     def find(self, place: Place | str, slide_ids: Sequence[str] | None = None) -> Sources:
         """Slides below a path, as `find_sources`; `slide_ids` choose among them, or name that of a feature file."""
@@ -91,10 +101,13 @@ class SlideReader:
         """Features of a slide, encoded first where it has none. Raises ValueError or OSError where that fails."""
         if source.features is not None:
             return source.features()
-        (found,) = self.encode([source], on_progress)
-        if found.error:
-            raise ValueError(found.error)
-        return open_slide(Records(found.folder), 0)
+        for _ in range(_ATTEMPTS):
+            (found,) = self.encode([source], on_progress)
+            if found.error:
+                raise ValueError(found.error)
+            with suppress(FileNotFoundError):  # another process has just removed it from a full cache
+                return open_slide(Records(found.folder), 0)
+        raise OSError(f"{found.folder}: removed by other processes as soon as it is there; raise --cache-size")
 
     def encode(self, sources: Sequence[SlideSource], on_progress: OnProgress | None = None) -> Iterator[Encoded]:
         """Encode the slides that are not in the cache yet, together; yields each, cached ones first.
@@ -122,10 +135,8 @@ class SlideReader:
         folders = self._encoded(sources, failed)
         for source in sources:
             try:
-                if source.features is not None:
-                    yield source, source.features()
-                elif source.slide_id in folders:
-                    yield source, open_slide(Records(folders[source.slide_id]), 0)
+                if source.features is not None or source.slide_id in folders:
+                    yield source, self.read(source)
             except (ValueError, OSError) as error:
                 failed.append(Failure(source.slide_id, str(source.place or source.image), str(error)))
 
@@ -183,8 +194,8 @@ class SlideReader:
                 if not found.error:
                     entry.publish()
                 for note in found.notes:
-                    log.warning("slide %s: %s", found.slide_id, note)
-                yield replace(found, folder=entry.folder)
+                    log.warning("slide %s: %s", found.slide_id, _in_own_options(note))
+                yield replace(found, folder=entry.folder, error=_in_own_options(found.error))
         for source, entry in taken:
             log.warning("slide %s: another process is encoding it; waiting for it", source.slide_id)
             with entry.locked():
@@ -194,11 +205,11 @@ class SlideReader:
     def _entry(self, source: SlideSource) -> Entry | Encoded:
         """Cache entry of a slide file, or the error of one that cannot be read."""
         how, recipe, cache = self._how, self._run.recipe, self.cache
-        names = ("encoder", "half", "patch_size", "mpp", "assume_mpp", "min_tissue", "keep_ink", "dtype")
+        names = ("encoder", "half", "patch_size", "mpp", "assume_mpp", "min_tissue", "keep_ink", "icc", "dtype")
         facts = {name: value for name, value in how.of_records().items() if name in names}
-        facts["weights"] = (recipe.weights if recipe else "") or str(how.weights or "")
         facts["encoder_version"] = recipe.encoder_version if recipe else ""
         try:
+            facts["weights"] = recipe.weights if recipe and recipe.weights else how.weights and fingerprint(how.weights)
             return cache.entry(source.slide_id, source.image, facts)
         except OSError as error:
             return Encoded(source.slide_id, source.image, f"{source.image}: cannot be read ({error.strerror})")
@@ -225,12 +236,19 @@ class SlideReader:
         entry = self.cache.entry(source.slide_id, source.place, {"known": self.settings.known})
         if self._is_sound(entry):
             return entry.folder
-        with entry.locked():
+        with entry.locked(), ExitStack() as undo:
+            undo.callback(entry.abandon)  # where it is not published
             slide = source.features()
             shard = entry.begin() / shard_name(0)
             dtype = "bfloat16" if slide.features.dtype == DTYPES["bfloat16"] else "float16"
             infos = write_shard(shard, [slide], cut="grid" if slide.coords is not None else "scan", dtype=dtype)
             write_imported_recipe(entry.part, infos)
             finish_folder(entry.part)
+            self._run.check_records(Records(entry.part))
             entry.publish()
         return entry.folder
+
+
+def _in_own_options(message: str) -> str:
+    """Message of the preparation with the option that gives the resolution here."""
+    return message.replace("--assume-mpp", "--mpp")

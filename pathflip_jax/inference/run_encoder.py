@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from data_prep.encoders import StainTexture, runs_on_device
 from data_prep.settings import PrepareSettings
-from pathflip_jax.data.readers.feature_recipe import FeatureRecipe, is_same_size
+from pathflip_jax.data.readers.feature_recipe import SRGB, FeatureRecipe, is_same_size
 from pathflip_jax.vision.recipes import Recipe, find_recipe, registry_name
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def settings_of_run(
         mpp=resolution,
         assume_mpp=mpp,
         half=recipe.precision in _HALF and encoder != StainTexture.name,
+        icc=recipe.colours == SRGB,
         weights=weights,
         workers=workers,
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.dicom import read_header
+from pathflip_jax.data.pixels.dicom_series import is_dicom, series_of
 from pathflip_jax.data.records.manifest import MANIFEST
 from pathflip_jax.data.storage.json_files import read_json, write_json
 from pathflip_jax.inference.sources import CACHE_MARK
@@ -193,22 +193,11 @@ def _files_of(file: Path) -> list[Path]:
         return [file, *_below(file.with_suffix(""))]
     if suffix in (".vms", ".vmu"):
         return [file, *(path for path in _below(file.parent) if path.name.startswith(file.stem) and path != file)]
-    header = read_header(file)
-    if header is None or not header.series:
-        return [file]
-    return [file, *(path for path in _below(file.parent) if path != file and _series_of(path) == header.series)]
+    return [file, *(one.path for one in series_of(file) if one.path != file)] if is_dicom(file) else [file]
 
 
 def _below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _series_of(path: Path) -> str:
-    try:
-        header = read_header(path)
-    except OSError:
-        return ""
-    return header.series if header else ""
 
 
 def _sha256(path: Path, size: int, whole: bool) -> str:

@@ -17,6 +17,8 @@ OPTIONS = {
     "mpp": above_zero(),
     "patch-size": whole(1),
     "min-tissue": share(most_itself=True),
+    "holes": Range(0, 1e12),
+    "smallest": Range(0, 1e12),
     "batch-size": whole(1),
     "draws": whole(1),
     "clear": Range(0, 0.5, open_most=True),

@@ -44,6 +44,11 @@ class DataSettings(Section):
         "slide table with a column split (train, val, test); without it, all slides are trained on and none validated",
         may_change=True, exists=True,
     )  # fmt: skip
+    fold: str = setting(
+        "", Unrestricted("a fold of the slide table", optional=True),
+        'fold of a slide table that holds several, as k=all.tsv of Patho-Bench does: 0 or fold_0; "": it holds one',
+        before="",
+    )  # fmt: skip
     split: str = setting("train", NAME, "split of the slide table to train on")
     val_split: str = setting(
         "val", Unrestricted("a split of the slide table", optional=True), 'split to validate on; "": no validation'

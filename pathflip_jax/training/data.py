@@ -20,6 +20,7 @@ from pathflip_jax.data.records.records import Records, manifest_hash
 from pathflip_jax.data.records.splits import NO_VALIDATION, SlideTable, count_splits, describe, read_matched_table
 from pathflip_jax.data.storage.files import Place, as_path, read_bytes
 from pathflip_jax.data.texts.cases import Sources
+from pathflip_jax.data.texts.split_files import one_fold
 from pathflip_jax.data.texts.text import read_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.runtime.sharding import ONE_PROCESS, Shards
@@ -106,7 +107,7 @@ def split_slides(data: DataSettings, records: Records, begun: bool = False) -> S
     validates = (data.val_split or "").lower() not in NO_VALIDATION
     if not data.slides:
         return SplitSlides(None, None, [])
-    table, notes = read_matched_table(data.slides, data.records, records)
+    table, notes = read_matched_table(one_fold(data.slides, data.fold), data.records, records)
     for note in notes:
         _log.warning("%s", note)
     training = table.require(data.split, "name another with --config.data.split")

@@ -14,9 +14,9 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.grounding.methods import check_method, prepare, score
 from pathflip_jax.inference.predictor import Predictor, TextEncoding
+from pathflip_jax.inference.sources import SlideSource
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.layers import Layer, make_layer
-from pathflip_jax.viewer.slides import ShownSlide
 
 PREPARED_BYTES = 2**30  # cache of encoded slides; 10,000 patches of 256 numbers take 10 MB
 LAYERS_BYTES = 256 * 2**20
@@ -35,7 +35,7 @@ class Grounder:
         self._texts = Cache(TEXTS_BYTES, _bytes_of)
         self._layers = Cache(LAYERS_BYTES, lambda layer: layer.surface.values.nbytes + _bytes_of(layer.grounding))
 
-    def prepared(self, slide: ShownSlide) -> Prepared:
+    def prepared(self, slide: SlideSource) -> Prepared:
         """Encoded slide, cached. Raises ValueError or OSError for features that are unreadable or unsuitable."""
 
         def make() -> Prepared:
@@ -49,7 +49,7 @@ class Grounder:
             raise ValueError(f"slide {slide.slide_id}: found no features; {NO_FEATURES}")
         return self._prepared.get(slide.slide_id, make)
 
-    def layer(self, slide: ShownSlide, text: str, negative: Sequence[str] = (), mpp: float = 0.0) -> Layer:
+    def layer(self, slide: SlideSource, text: str, negative: Sequence[str] = (), mpp: float = 0.0) -> Layer:
         """Layer of a text on a slide, the negative texts subtracted; `mpp` is used for features that do not record it.
 
         Raises ValueError for a text without words."""

@@ -15,9 +15,10 @@ from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.methods import check_method
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Predictor
+from pathflip_jax.inference.sources import SlideSource
 from pathflip_jax.viewer.pictures import QUALITY
 from pathflip_jax.viewer.session import model_facts
-from pathflip_jax.viewer.slides import ShownSlide, list_slides
+from pathflip_jax.viewer.slides import list_slides
 from pathflip_jax.viewer.static import MOST_PIXELS, PageSlide, Report, check_out, write_page
 
 
@@ -67,7 +68,7 @@ def report(spec: PageSpec) -> Report:
     if spec.most_slides is not None:
         order = sorted(order, key=lambda i: -max(similarities[i] or [-np.inf]))[: spec.most_slides]
 
-    def ground(slide: ShownSlide) -> Grounding:
+    def ground(slide: SlideSource) -> Grounding:
         how = {"negative": spec.negative, "method": method, "window": spec.window}
         return predictor.ground(slide.features(), texts, **how)
 
@@ -77,7 +78,7 @@ def report(spec: PageSpec) -> Report:
 
 
 def _similarities(
-    predictor: Predictor, slides: Sequence[ShownSlide], texts: np.ndarray
+    predictor: Predictor, slides: Sequence[SlideSource], texts: np.ndarray
 ) -> list[Sequence[float] | None]:
     """Cosine of each slide with each text; None for a slide that cannot be encoded, which the page will report."""
     found = []

@@ -3,6 +3,7 @@
 Embeddings come from a file of `pathflip embed`, or are computed in the background once the viewer starts.
 """
 
+import queue
 import sys
 import threading
 from collections.abc import Sequence
@@ -10,55 +11,63 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from pathflip_jax.inference.embed import checkpoint_hash
 from pathflip_jax.inference.embedding_files import open_embeddings
 from pathflip_jax.inference.predictor import Predictor
+from pathflip_jax.inference.sources import SlideSource
 from pathflip_jax.viewer.grounder import Grounder
-from pathflip_jax.viewer.slides import ShownSlide
 
 
 class Search:
     """Embeddings of the slides that have one, by their number in the viewer's table."""
 
-    def __init__(self, slides: Sequence[ShownSlide], found: dict[int, Float[np.ndarray, "D"]] | None = None) -> None:
+    def __init__(self, slides: Sequence[SlideSource], found: dict[int, Float[np.ndarray, "D"]] | None = None) -> None:
         self._slides = slides
         self._found = dict(found or {})
+        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: stop
+        self._left = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, grounder: Grounder) -> None:
         """Compile the text encoder and embed slides that have features but no embedding yet, in the background."""
-        left = [i for i, slide in enumerate(self._slides) if slide.features is not None and i not in self._found]
-        self._thread = threading.Thread(target=self._embed, args=(grounder, left), daemon=True)
+        for number, slide in enumerate(self._slides):
+            if slide.features is not None and number not in self._found:
+                self.add(number)
+        self._thread = threading.Thread(target=self._embed, args=(grounder,), daemon=True)
         self._thread.start()
+
+    def add(self, number: int) -> None:
+        """Embed a slide that has features now, after those that wait."""
+        self._left += 1
+        self._waiting.put(number)
 
     def stop(self) -> None:
         """Stop the background work after the current slide."""
         self._stop.set()
+        self._waiting.put(None)
         if self._thread is not None:
             self._thread.join()
 
-    def _embed(self, grounder: Grounder, numbers: Sequence[int]) -> None:
+    def _embed(self, grounder: Grounder) -> None:
         grounder.warm()
-        for number in tqdm(numbers, unit="slide", desc="embedding slides for search", leave=False, disable=not numbers):
-            if self._stop.is_set():
-                return
+        while (number := self._waiting.get()) is not None and not self._stop.is_set():
             slide = self._slides[number]
             try:
                 features = slide.features()
                 with grounder.model_lock:  # released after each slide, so that requests are served in between
                     self._found[number] = grounder.predictor.encode_slide(features).slide
             except (ValueError, OSError, MemoryError) as error:
-                tqdm.write(f"slide {slide.slide_id} is left out of the search: {error}", file=sys.stderr)
+                print(f"slide {slide.slide_id} is left out of the search: {error}", file=sys.stderr)
+            self._left -= 1
 
     def progress(self) -> dict[str, int | bool]:
         """Number of searchable slides, and whether more are being embedded."""
         return {
             "ready": len(self._found),
             "all": len(self._slides),
-            "busy": self._thread is not None and self._thread.is_alive(),
+            "busy": self._left > 0,
         }
 
     def similarities(self, text: Float[np.ndarray, "D"]) -> dict[int, float]:
@@ -74,7 +83,7 @@ class Search:
 
 
 def read_slide_embeddings(
-    path: Path, predictor: Predictor, slides: Sequence[ShownSlide]
+    path: Path, predictor: Predictor, slides: Sequence[SlideSource]
 ) -> dict[int, Float[np.ndarray, "D"]]:
     """Read the embeddings of the shown slides from a file of `pathflip embed`.
 

@@ -23,12 +23,14 @@ from starlette.routing import Route
 
 from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.viewer.access import Access, is_local
+from pathflip_jax.viewer.intake import Waiting
 from pathflip_jax.viewer.page_files import page_files
 from pathflip_jax.viewer.pictures import READERS
 from pathflip_jax.viewer.proxy import DIRECT, Proxy
 from pathflip_jax.viewer.session import Session
 
 LONGEST_BODY = 2**16  # maximum size of a request body, in bytes
+NOT_STORED = {"cache-control": "no-store"}
 CONCURRENT_REQUESTS = 8  # requests that read features or query the model; further ones wait
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -45,7 +47,11 @@ def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
         session.search.start(session.grounder)
+        if session.intake is not None:
+            session.intake.start()
         yield
+        if session.intake is not None:
+            await anyio.to_thread.run_sync(session.intake.stop)
         await anyio.to_thread.run_sync(session.search.stop)
         session.pictures.close()
 
@@ -82,6 +88,7 @@ class _Endpoints:
             Route(f"{slide}/areas", self.answered(self.areas), methods=["POST"]),
             Route(f"{slide}/report", self.answered(self.report), methods=["POST"]),
             Route(f"{slide}/answer", self.answered(self.answer), methods=["POST"]),
+            Route("/slides.json", self.answered(session.table)),
             Route("/search", self.answered(lambda **_: session.search.progress())),
             Route("/find", self.answered(self.find), methods=["POST"]),
         ]
@@ -97,7 +104,7 @@ class _Endpoints:
 
     async def slides(self, request: Request) -> Response:
         script = f"globalThis.PATHFLIP = {json.dumps(self.session.page())};\n"
-        return Response(script, media_type=MEDIA_TYPES[".js"], headers={"cache-control": "no-store"})
+        return Response(script, media_type=MEDIA_TYPES[".js"], headers=NOT_STORED)
 
     def picture(self, read: Callable[..., bytes]) -> Callable:
         """Endpoint of an image that `read` reads from a slide file."""
@@ -119,7 +126,7 @@ class _Endpoints:
             body = await _body(request) if request.method == "POST" else {}
             number = [request.path_params["number"]] if "number" in request.path_params else []
             found = await anyio.to_thread.run_sync(lambda: work(*number, **body), limiter=self.work_limit)
-            return JSONResponse(found, headers={"cache-control": "no-store"})
+            return JSONResponse(found, headers=NOT_STORED)
 
         return _guard(self.session, answer)
 
@@ -133,24 +140,25 @@ class _Endpoints:
         return self.session.find(_text(text))
 
     def report(self, number: int, **_) -> dict:
-        return {"text": _speaker(self.session).report(self.session.slides[number])}
+        return self.session.report(number)
 
     def answer(self, number: int, question: str = "", before: list = (), **_) -> dict:
-        speaker = _speaker(self.session)
-        return {"text": speaker.answer(self.session.slides[number], _text(question), _turns(before))}
+        return self.session.answer(number, _text(question), _turns(before))
 
 
 def _guard(session: Session, answer: Callable) -> Callable:
     """Wrap an endpoint: errors as JSON, and 404 for a slide that is not in the table."""
 
     async def guarded(request: Request) -> Response:
-        number = request.path_params.get("number", 0)
+        number = request.path_params.get("number", -1)
         if number >= len(session.slides):
             return _error(
                 404, f"no slide number {number}; this viewer has {len(session.slides)} slides, counted from 0"
             )
         try:
             return await answer(request)
+        except Waiting as error:
+            return JSONResponse({"encoding": error.progress}, 202, headers=NOT_STORED)
         except FileNotFoundError as error:
             return _error(410, str(error))
         except IndexError as error:
@@ -164,7 +172,7 @@ def _guard(session: Session, answer: Callable) -> Callable:
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers={"cache-control": "no-store"})
+    return JSONResponse({"error": message}, status, headers=NOT_STORED)
 
 
 def _file(name: str, data: bytes) -> Response:
@@ -209,12 +217,6 @@ def _percent(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
         raise ValueError(f"threshold {value!r:.80}: expected a number from 0 to 100")
     return float(value)
-
-
-def _speaker(session: Session):
-    if session.speaker is None:
-        raise ValueError("no language stage is loaded; start the viewer with --language RUN")
-    return session.speaker
 
 
 def listen(host: str, port: int) -> socket.socket:

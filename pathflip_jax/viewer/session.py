@@ -11,11 +11,12 @@ from pathflip_jax.grounding.heatmap import COLORMAP
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.grounding.placement import check_on_slide, check_same_slide
 from pathflip_jax.inference.predictor import Predictor
+from pathflip_jax.inference.sources import SlideSource
 from pathflip_jax.viewer.grounder import Grounder
+from pathflip_jax.viewer.intake import Intake
 from pathflip_jax.viewer.layers import Layer, areas, layer_facts
 from pathflip_jax.viewer.pictures import Pictures, Pyramid
 from pathflip_jax.viewer.search import Search
-from pathflip_jax.viewer.slides import ShownSlide
 from pathflip_jax.viewer.speaker import Speaker
 
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
@@ -27,24 +28,35 @@ class Session:
 
     def __init__(
         self,
-        slides: Sequence[ShownSlide],
+        slides: Sequence[SlideSource],
         pictures: Pictures,
         grounder: Grounder,
         search: Search,
         speaker: Speaker | None = None,
+        intake: Intake | None = None,
     ) -> None:
         self.slides, self.pictures, self.grounder = slides, pictures, grounder
-        self.search, self.speaker = search, speaker
+        self.search, self.speaker, self.intake = search, speaker, intake
 
     def page(self) -> dict[str, Any]:
         """Initial data of the page: the model and the table of slides."""
         predictor = self.grounder.predictor
-        slides = [
-            {"id": slide.slide_id, "image": slide.image is not None, "features": slide.features is not None}
-            for slide in self.slides
-        ]
         model = model_facts(predictor, self.grounder.method) | {"language": self.speaker is not None}
-        return {"live": True, **model, "slides": slides}
+        return {"live": True, **model, **self.table()}
+
+    def table(self) -> dict[str, Any]:
+        """Table of slides, which grows: what there is of each, and the state of its encoding."""
+        return {
+            "slides": [
+                {
+                    "id": slide.slide_id,
+                    "image": slide.image is not None,
+                    "features": slide.features is not None,
+                    "encoding": None if self.intake is None else self.intake.progress(number),
+                }
+                for number, slide in enumerate(self.slides)
+            ]
+        }
 
     def slide(self, number: int) -> dict[str, Any]:
         """Tile description of a slide; `image` is None without a readable slide file."""
@@ -66,7 +78,7 @@ class Session:
 
     def patches(self, number: int) -> dict[str, Any]:
         """Positions of a slide's patches; returns once the slide is encoded."""
-        return patches_facts(self.grounder.prepared(self.slides[number]), self._pyramid(number))
+        return patches_facts(self.grounder.prepared(self._encoded(number)), self._pyramid(number))
 
     def layer(self, number: int, text: str, negative: Sequence[str]) -> dict[str, Any]:
         """Scores of a text on a slide."""
@@ -81,9 +93,28 @@ class Session:
         found = self.search.similarities(self.grounder.embed_text(text))
         return {"slides": [[number, cosine] for number, cosine in found.items()], **self.search.progress()}
 
+    def report(self, number: int) -> dict[str, Any]:
+        """Report of a slide. Raises ValueError without a language stage."""
+        return {"text": self._language().report(self._encoded(number))}
+
+    def answer(self, number: int, question: str, before: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Answer to a question about a slide, after those `before`. Raises ValueError without a language stage."""
+        return {"text": self._language().answer(self._encoded(number), question, before)}
+
+    def _language(self) -> Speaker:
+        if self.speaker is None:
+            raise ValueError("no language stage is loaded; start the viewer with --language RUN")
+        return self.speaker
+
+    def _encoded(self, number: int) -> SlideSource:
+        """Slide with features. Raises Waiting for one that is still being encoded."""
+        if self.intake is not None:
+            self.intake.require(number)
+        return self.slides[number]
+
     def _layer(self, number: int, text: str, negative: Sequence[str]) -> Layer:
-        pyramid = self._pyramid(number)
-        return self.grounder.layer(self.slides[number], text, negative, mpp=pyramid.mpp if pyramid else 0.0)
+        slide, pyramid = self._encoded(number), self._pyramid(number)
+        return self.grounder.layer(slide, text, negative, mpp=pyramid.mpp if pyramid else 0.0)
 
     def _pyramid(self, number: int) -> Pyramid | None:
         """Pyramid of the slide file, None if it is missing or unreadable, which `slide` reports."""

@@ -6,7 +6,6 @@ Requests name a slide by its number in this table, so neither an id nor other cl
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from pathflip_jax.data.readers.feature_files import find_feature_files
 from pathflip_jax.data.readers.feature_format import slide_id_of
@@ -15,14 +14,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.evaluate.colour import slide_files
-
-
-class ShownSlide(NamedTuple):
-    """Slide of the table: its id, its file and the reader of its features, each None where missing."""
-
-    slide_id: str
-    image: Path | None
-    features: Callable[[], SlideFeatures] | None
+from pathflip_jax.inference.sources import SlideSource
 
 
 def list_slides(
@@ -31,7 +23,7 @@ def list_slides(
     records: Records | Place | None = None,
     features: Path | None = None,
     only: Sequence[str] | None = None,
-) -> list[ShownSlide]:
+) -> list[SlideSource]:
     """List the slides of a folder of slide files and of records or feature files, in order of their ids.
 
     Records may be open already. A slide found in only one of them is shown as far as possible. `only` chooses slides by
@@ -57,4 +49,4 @@ def list_slides(
         found = list(dict.fromkeys(only))
     if not found:
         raise ValueError(f"{slides_dir}: found no file that OpenSlide can open; pass the folder of the slide files")
-    return [ShownSlide(name, images.get(name), readers.get(name)) for name in found]
+    return [SlideSource(name, images.get(name), readers.get(name)) for name in found]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from pathflip_jax.data.texts.conversations import Turn
 from pathflip_jax.inference.assistant import Rows, SlideAssistant
+from pathflip_jax.inference.sources import SlideSource
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.grounder import LONGEST_TEXT, NO_FEATURES
-from pathflip_jax.viewer.slides import ShownSlide
 
 ROWS_BYTES = 256 * 2**20
 MOST_TURNS = 20
@@ -22,13 +22,13 @@ class Speaker:
         self._lock = threading.Lock()
         self._rows = Cache(ROWS_BYTES, lambda rows: rows.nbytes)
 
-    def report(self, slide: ShownSlide) -> str:
+    def report(self, slide: SlideSource) -> str:
         """Generate a report of the slide."""
         rows = self._embedded(slide)
         with self._lock:
             return self.assistant.caption([rows], self.sampling)[0]
 
-    def answer(self, slide: ShownSlide, question: str, before: Sequence[tuple[str, str]] = ()) -> str:
+    def answer(self, slide: SlideSource, question: str, before: Sequence[tuple[str, str]] = ()) -> str:
         """Answer a question about the slide; `before` holds the previous questions and answers."""
         if not question.strip() or len(question) > LONGEST_TEXT:
             raise ValueError(f"the question has {len(question)} characters; expected 1 to {LONGEST_TEXT}")
@@ -41,7 +41,7 @@ class Speaker:
         with self._lock:
             return self.assistant.answer([asked], self.sampling)[0]
 
-    def _embedded(self, slide: ShownSlide) -> Rows:
+    def _embedded(self, slide: SlideSource) -> Rows:
         def make() -> Rows:
             features = slide.features()
             with self._lock:

@@ -6,6 +6,7 @@ import pytest
 
 from pathflip_jax.commands.data_checks import examine_data
 from pathflip_jax.commands.findings import logged_warnings
+from pathflip_jax.data.texts.split_files import one_fold
 
 
 @pytest.fixture
@@ -30,6 +31,13 @@ def _table(tiny_cohort, tmp_path, change):
     path = tmp_path / "slides.csv"
     path.write_text("\n".join([head, *(",".join(row.values()) for row in kept)]) + "\n")
     return path
+
+
+def test_a_fold_of_a_task_is_checked(look, task_of_folds):
+    found = look(slides=one_fold(task_of_folds, "0"))
+    assert ("slides", "24 slides of 20 patients; split: train 12, val 6, test 6") in found["ok"]
+    found = look(slides=task_of_folds)
+    assert any("split: none 24; the table has 2 folds (fold_0, fold_1): choose one" in text for _, text in found["ok"])
 
 
 def _texts(tmp_path, rows):

@@ -1,17 +1,12 @@
 """Shared fixtures of the preparation tests: DICOM headers, and drawn slides."""
 
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from safetensors.numpy import save_file
-from vision_weights import timm_weights
-
-from pathflip_jax.vision import recipes
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 LONG = ("SQ", "OB", "UN")
@@ -92,19 +87,3 @@ def draw():
 def write_tiff():
     """Writes a picture as a tiled TIFF that OpenSlide opens."""
     return _write
-
-
-@pytest.fixture
-def small_encoder(tmp_path, monkeypatch):
-    """A registered encoder of two small layers for patches of 48 px, and the folder of its weights."""
-    network = replace(recipes.RECIPES["uni_v1"].network, width=32, depth=2, heads=2, hidden=64, patch=8, image=32)
-    transform = replace(recipes.RECIPES["uni_v1"].transform, resize=40, crop=32)
-    recipe = replace(
-        recipes.RECIPES["uni_v1"], name="small", repository="nobody/small", files=("model.safetensors",),
-        network=network, transform=transform, patch_size=48,
-    )  # fmt: skip
-    (tmp_path / "small").mkdir()
-    save_file(timm_weights(network), tmp_path / "small" / "model.safetensors")
-    monkeypatch.setitem(recipes.RECIPES, "small", recipe)
-    monkeypatch.setitem(recipes._BY_SPELLING, "small", recipe)
-    return recipe, tmp_path / "small"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_prep.dicom import Header, name_series, read_header
+from data_prep.dicom import name_series
+from pathflip_jax.data.pixels.dicom_headers import Header, read_header
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from data_prep.detectors import TissueSettings
 from data_prep.ink import find_ink
 from data_prep.slides import open_slide
 from data_prep.tiling import tile_slide
@@ -100,7 +101,7 @@ def test_stains_that_look_like_pen_can_be_kept_and_the_rest_is_said(write_tiff, 
         tiles = tile_slide(slide, 64)
         assert tiles.coords[:, 0].min() == 512
         assert tiles.notes == ("53% of the stained area is taken for pen ink and left out; pass --keep-ink to keep it",)
-        tiles = tile_slide(slide, 64, keep_ink=True)
+        tiles = tile_slide(slide, 64, tissue=TissueSettings(keep_ink=True))
         assert len(tiles.coords) == 64 and tiles.notes == ()
 
 

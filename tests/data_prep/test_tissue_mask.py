@@ -100,3 +100,16 @@ def test_fluorescence_and_grey_pictures_say_what_they_are(draw, write_tiff, tmp_
     padded[:512, :512] = draw(512, 512, (100, 400, 100, 400))  # a converter's black around a brightfield slide
     with open_slide(write_tiff(tmp_path / "padded.tiff", padded)) as slide:
         assert len(tile_slide(slide, patch_size=64).coords) >= 20
+
+
+@pytest.mark.parametrize("color", [PINK, (228, 200, 216), (90, 30, 80)], ids=["pink", "pale", "dark"])
+def test_masks_end_where_the_tissue_does(draw, write_tiff, tmp_path, color):
+    """Within half a pixel of the mask on each side: its rim is not on glass."""
+    image = draw(1024, 1024, (256, 768, 320, 704), color=color)
+    with open_slide(write_tiff(tmp_path / "s.tiff", image)) as slide:
+        found = tissue_mask(slide, 16, keep_ink=True)  # an even colour is one dye
+    rows, columns = np.nonzero(found.mask)
+    assert found.downsample == 16
+    ends = np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]) * 16
+    assert np.abs(ends - [256, 768, 320, 704]).max() <= 16
+    assert found.mask.sum() * 256 == pytest.approx(512 * 384, rel=0.06)

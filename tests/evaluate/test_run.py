@@ -168,6 +168,24 @@ def test_few_shot_probes_of_several_columns_are_in_every_file(setting, monkeypat
     assert all(name in page.text for name in ("TP53", *block["probes"], "Each probe chooses its one setting"))
 
 
+def test_folds_of_a_published_task_are_scored_with_its_labels(setting, task_of_folds, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(setting.cohort))
+    inputs = {"records": setting.cohort.records, "few_shot": ["all"], "draws": 1, "prompts": setting.inputs["prompts"]}
+    plain = evaluate("oracle", slides=setting.cohort.slides, out=tmp_path / "plain", **inputs)
+    found = {
+        fold: evaluate("oracle", slides=task_of_folds, fold=fold, out=tmp_path / fold, **inputs)
+        for fold in ("0", "fold_1")
+    }
+    chosen = found["0"]
+    assert chosen["few_shot"] == plain["few_shot"] and chosen["zero_shot"] == plain["zero_shot"]
+    assert "fold" not in plain and found["fold_1"]["fold"] == "fold_1"
+    for fold, scored in (("0", range(18, 24)), ("fold_1", range(12, 18))):
+        with open(tmp_path / fold / "predictions.csv", newline="") as file:
+            assert [row["slide_id"] for row in csv.DictReader(file)] == [f"S{i:02d}" for i in scored]
+    with pytest.raises(ValueError, match="choose one with --fold"):
+        evaluate("oracle", slides=task_of_folds, out=tmp_path / "none", **inputs)
+
+
 class Page(HTMLParser):
     """Collects what a page refers to and whether its tags are balanced."""
 

@@ -233,6 +233,14 @@ def test_slides_of_the_table_without_a_record_are_failures(tiny_cohort, run, tmp
     assert [(f.slide, "not among" in f.error) for f in report.failed] == [("S99", True)]
 
 
+def test_a_fold_of_a_table_chooses_the_slides(tiny_cohort, run, tmp_path, task_of_folds, capsys):
+    command = ["embed", str(tiny_cohort.records), "--checkpoint", str(run), "--slides", str(task_of_folds)]
+    command += ["--split", "test", "--out", str(tmp_path / "e.parquet"), "--json"]
+    assert cli.main(command) == cli.WRONG_INPUT and "choose one with --fold" in capsys.readouterr().err
+    assert cli.main([*command, "--fold", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] == IDS[12:18]
+
+
 def test_a_model_of_infinite_answers_is_no_embedding(tiny_cohort, run, tmp_path, monkeypatch):
     encode = inference.Predictor.encode_slides
 

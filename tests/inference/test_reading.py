@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -16,8 +17,10 @@ import tifffile
 import pathflip_jax
 from data_prep.build import prepare
 from data_prep.settings import PrepareSettings
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.inference.reading import ReadingSettings, SlideReader
+from pathflip_jax.inference.sources import SlideSource
 
 PINK, GLASS = (200, 120, 180), (240, 240, 242)
 
@@ -143,7 +146,7 @@ def test_the_cache_keeps_to_its_size_and_to_what_is_in_use(predictor, tmp_path, 
     for number, slide in enumerate(slides[:2]):
         read(reader, slide)
         os.utime(entries(reader)[number], (number, number))
-    size = sum(path.stat().st_size for path in entries(reader)[0].iterdir())
+    size = sum(path.stat().st_size for path in entries(reader)[0].rglob("*") if path.is_file())
     read(reader, slides[0])  # used now: S1 is the older one
     small = SlideReader(predictor, ReadingSettings(cache=tmp_path / "cache", cache_bytes=2.5 * size, workers=1))
     read(small, slides[2])
@@ -205,3 +208,61 @@ def test_a_locked_entry_is_not_removed(reader, tmp_path):
         over.set()
     assert entry.folder.exists()
     shutil.rmtree(entry.folder)
+
+
+def test_an_entry_that_another_process_removes_is_made_again(reader, tmp_path, monkeypatch):
+    slide = write_slide(tmp_path / "S1.tiff")
+    encode, made = SlideReader.encode, []
+
+    def encode_and_lose(self, sources, on_progress=None):
+        for found in encode(self, sources, on_progress):
+            made.append(found.folder)
+            if len(made) == 1:
+                shutil.rmtree(found.folder)
+            yield found
+
+    monkeypatch.setattr(SlideReader, "encode", encode_and_lose)
+    assert len(read(reader, slide).features) and len(made) == 2
+
+
+def test_features_of_another_encoder_are_left_out_of_the_records(reader, tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    write_slide(folder / "S1.tiff")
+    with h5py.File(folder / "S2.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((2, 512), np.float32), np.array([[0, 0], [112, 0]])
+        file["coords"].attrs.update(patch_size=112, patch_level=0, downsample=(1.0, 1.0))
+    failed = []
+    assert len(reader.records(reader.find(folder).slides, failed)) == 1
+    assert "512 wide, colon-biopsy was trained on 175" in failed[0].error
+    assert not list(reader.cache.folder.glob("*.part"))
+
+
+def test_other_weights_without_a_hash_in_the_run_are_another_entry(tmp_path, small_encoder):
+    recipe, weights = small_encoder
+    slide = SlideSource("S1", write_slide(tmp_path / "S1.tiff"), None)
+    run = SimpleNamespace(name="run", encoder=recipe.name, recipe=FeatureRecipe(patch_size=48, mpp=0.5))
+    keys = set()
+    for name in ("model.safetensors", "other.safetensors"):
+        path = weights / name
+        path.write_bytes(path.read_bytes() if path.exists() else b"other")
+        reader = SlideReader(run, ReadingSettings(cache=tmp_path / "cache", weights=path))
+        keys.add(reader._entry(slide).folder)
+    assert len(keys) == 2
+
+
+def test_a_network_on_the_devices_encodes_as_prepare_does(tmp_path, small_encoder):
+    recipe, weights = small_encoder
+    slide = write_slide(tmp_path / "S1.tiff")
+    prepare(slide, tmp_path / "records", PrepareSettings(encoder=recipe.name, weights=weights, workers=1))
+    expected = Records(tmp_path / "records")
+    run = SimpleNamespace(name="run", encoder=recipe.name, recipe=expected.recipe, check_records=lambda records: None)
+    reader = SlideReader(run, ReadingSettings(cache=tmp_path / "cache", weights=weights, workers=1))
+    seen = []
+    found = read(reader, slide, lambda *progress: seen.append(progress))
+    np.testing.assert_array_equal(found.features, expected.read(0).features)
+    assert seen[-1] == ("S1", len(found.features), len(found.features))
+    wrong = FeatureRecipe(**{**expected.recipe.to_dict(), "weights": "0" * 64})
+    other = SimpleNamespace(name="run", encoder=recipe.name, recipe=wrong, check_records=lambda records: None)
+    with pytest.raises(ValueError, match="its features are not those that the run was trained on.*--weights"):
+        read(SlideReader(other, reader.settings), slide)

@@ -16,6 +16,7 @@ def settings(encoder="stain_texture", recipe=None, **more):
 def test_a_recipe_gives_patches_and_precision():
     found = settings("uni_v1", FeatureRecipe(encoder="uni_v1", patch_size=224, mpp=1.0, precision="bfloat16"))
     assert (found.encoder, found.patch_size, found.mpp, found.half) == ("uni_v1", 224, 1.0, True)
+    assert settings(recipe=FeatureRecipe(patch_size=112, mpp=0.5, colours="srgb")).icc and not found.icc
     found = settings(recipe=FeatureRecipe(patch_size=112, mpp=0.5, precision="float32"), mpp=0.25, workers=1)
     assert (found.patch_size, found.mpp, found.assume_mpp, found.half, found.workers) == (112, 0.5, 0.25, False, 1)
 

@@ -69,9 +69,10 @@ def test_what_is_none_of_these_is_refused_by_name(tmp_path):
         find_sources(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="neither slides, feature files nor records in it"):
         find_sources(tmp_path)
-    (tmp_path / "notes.txt").write_text("a note")
-    with pytest.raises(ValueError, match=r"notes\.txt"):
-        find_sources(tmp_path / "notes.txt").slides[0].features()
+    for name, content, kind in (("S1.geojson", '{"type": "FeatureCollection"}', "JSON"), ("S1.xml", "<ASAP>", "XML")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}: {kind}, such as .* pass the slide, or its feature file"):
+            find_sources(tmp_path / name).slides[0].features()
 
 
 def test_facts_of_records_are_their_own(tiny_cohort):

@@ -36,6 +36,23 @@ def test_each_split_of_the_slide_table_has_its_batches(config):
     assert data.tokenizer.vocab_size > 5 and data.facts["encoder"] == "tiny" and data.facts["feature_dim"] == 16
 
 
+def test_a_fold_of_a_published_task_is_trained_on(config, task_of_folds):
+    chosen, plain = (open_data(config(**more)) for more in ({"data.slides": task_of_folds, "data.fold": "0"}, {}))
+    assert chosen.train.slides == plain.train.slides and chosen.validation.slides == plain.validation.slides
+    other = open_data(config(**{"data.slides": task_of_folds, "data.fold": "fold_1"}))
+    assert other.validation.slides == [(f"S{i:02d}",) for i in range(18, 24)]
+    assert other.facts["meanings"]["slides"] != chosen.facts["meanings"]["slides"]
+    with pytest.raises(ValueError, match=r"2 folds \(fold_0, fold_1\): choose one with --fold \(training: data.fold\)"):
+        open_data(config(**{"data.slides": task_of_folds}))
+
+
+def test_the_lists_of_a_clam_split_are_trained_on(config, tmp_path):
+    path = tmp_path / "splits_0.csv"
+    path.write_text(",train,val,test\n0,S00.svs,S12,S18\n1,S01,S13,S19\n2,S02,,\n3,S03,,\n")
+    data = open_data(config(**{"data.slides": path}))
+    assert data.train.slides == [("S00",), ("S01",), ("S02",), ("S03",)] and len(data.validation.slides) == 2
+
+
 def test_a_run_remembers_the_recipe_of_its_records(config, tiny_cohort, tmp_path):
     assert "recipe" not in open_data(config()).facts  # nothing is known of it
     folder = shutil.copytree(tiny_cohort.records, tmp_path / "records")

@@ -1,6 +1,8 @@
 """A viewer of a tiny cohort: records of 24 slides, six of them with a slide file, and a random model."""
 
 import io
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tifffile
 from flax import nnx
 from PIL import Image
 
+from data_prep.slide_encoder import Encoded
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference.load import load
 from pathflip_jax.model.config import PathFLIPConfig
@@ -79,3 +82,25 @@ def session(slides_dir, tiny_cohort, predictor, monkeypatch):
     session = Session(slides, Pictures(readers=2), Grounder(predictor, "region"), Search(slides))
     yield session
     session.pictures.close()
+
+
+class Encoder:
+    """Reader of slides whose features are those of a tiny cohort; it goes on when it is allowed to."""
+
+    def __init__(self, records: Path) -> None:
+        self.records, self.begun, self.free = records, [], threading.Event()
+
+    def encode(self, sources, on_progress):
+        (source,) = sources
+        self.begun.append(source.slide_id)
+        on_progress(source.slide_id, 3, 12)
+        assert self.free.wait(30)
+        error = f"{source.image}: no tissue" if source.slide_id == "bad" else ""
+        yield Encoded(source.slide_id, self.records, error)
+
+
+@pytest.fixture
+def encoder(tiny_cohort):
+    found = Encoder(tiny_cohort.records)
+    yield found
+    found.free.set()

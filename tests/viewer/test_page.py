@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,6 +25,7 @@ import uvicorn
 from pathflip_jax import cli
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.viewer.grounder import Grounder
+from pathflip_jax.viewer.intake import Intake
 from pathflip_jax.viewer.pictures import Pictures
 from pathflip_jax.viewer.proxy import read_proxy
 from pathflip_jax.viewer.search import Search
@@ -90,6 +92,12 @@ def address(session):
     session.speaker = Speaker(Assistant(), Sampling(max_new_tokens=7))
     vectors = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
     session.search = Search(session.slides, dict(enumerate(vectors)))  # nothing is left to embed
+    with served(session) as address:
+        yield address
+
+
+@contextmanager
+def served(session):
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(make_app(session), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -314,6 +322,25 @@ def test_a_slide_of_any_name_has_a_link(tab, odd_address):
     tab.goto(f"{odd_address}#100%")
     wait_for(tab, "document.querySelector('#messages').innerText.includes('No slide is named “100%”')")
     tab.goto("about:blank")  # it asks for nothing more when the server ends
+
+
+def test_a_slide_that_arrives_is_encoded_while_its_questions_wait(tab, session, encoder, write_slide, tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    session.slides.clear()
+    session.intake = Intake(session.slides, encoder, folder, encoded=session.search.add)
+    with served(session) as address:
+        tab.goto(address)
+        wait_for(tab, "document.getElementById('busy').textContent.includes('No slide is in the folder yet')")
+        write_slide(folder / "S1.tiff")
+        wait_for(tab, "document.getElementById('busy').textContent.includes('3 of 12 patches')")
+        tab.fill("#add-text", TEXT)
+        tab.press("#add-text", "Enter")
+        photograph(tab, "encoding")
+        check_accessibility(tab)
+        encoder.free.set()
+        wait_for(tab, "state.layers.length && state.layers.every((layer) => layer.path)")
+    assert encoder.begun == ["S1"]
 
 
 def test_the_command_serves_until_it_is_interrupted(run_folder, tiny_cohort, slides_dir, tmp_path):

@@ -9,7 +9,7 @@ from pathflip_jax.inference.embed import embed
 from pathflip_jax.viewer import grounder, search
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.search import Search, read_slide_embeddings
-from pathflip_jax.viewer.slides import ShownSlide, list_slides
+from pathflip_jax.viewer.slides import SlideSource, list_slides
 
 
 def test_a_file_of_embeddings_is_taken_for_its_own_run_alone(run_folder, tiny_cohort, predictor, tmp_path, monkeypatch):
@@ -33,8 +33,8 @@ def test_what_has_no_embedding_is_embedded_in_the_background(tiny_cohort, predic
     def broken():
         raise ValueError("its shard is gone")
 
-    slides = [*list_slides(None, records=tiny_cohort.records)[:3], ShownSlide("B1", None, broken)]
-    slides.append(ShownSlide("picture alone", None, None))
+    slides = [*list_slides(None, records=tiny_cohort.records)[:3], SlideSource("B1", None, broken)]
+    slides.append(SlideSource("picture alone", None, None))
     given = np.ones(16, np.float32)
     searched = Search(slides, {1: given})
     assert searched.progress() == {"ready": 1, "all": 5, "busy": False}

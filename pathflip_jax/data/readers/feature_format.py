@@ -11,7 +11,12 @@ import numpy as np
 
 
 class FeatureFields(TypedDict, total=False):
-    """Fields of `SlideFeatures` read from a file, and `step`, the distance between patches; unknown ones are absent."""
+    """Fields of `SlideFeatures` read from a file; unknown ones are absent.
+
+    `step` is the distance between patches in level-0 pixels. `centres`: `coords` are the centres of patches, not their
+    corners. `spots`: the gaps between patches are not their size. `edge`: `coords` are in pixels of an unstated level,
+    at which a patch has this edge.
+    """
 
     features: Required[np.ndarray]
     coords: np.ndarray
@@ -21,6 +26,9 @@ class FeatureFields(TypedDict, total=False):
     height: int
     encoder: str
     step: float
+    centres: bool
+    spots: bool
+    edge: float
     notes: tuple[str, ...]
 
 
@@ -33,7 +41,8 @@ class FeatureFormat:
     `read` takes the path, and the caller's mpp and encoder, None if unknown; it raises OSError or ValueError with the
     file, what was found, what was expected and the cure. `is_features` tells feature files from others of the same
     extensions when a folder is searched. `has_coords` is False if files of the format usually lack coordinates: the
-    slide's file of another format is read instead, if there is one.
+    slide's file of another format is read instead, if there is one; `finds_coords` then tells a file that has them, in
+    it or beside it. `is_folder`: a file of the format is a folder, of which `recognises` gets no bytes.
     """
 
     name: str
@@ -43,6 +52,8 @@ class FeatureFormat:
     read: Callable[[Path, float | None, str | None], FeatureFields]
     is_features: Callable[[Path], bool] | None = None
     has_coords: bool = True
+    finds_coords: Callable[[Path], bool] | None = None
+    is_folder: bool = False
 
 
 def is_text(start: bytes) -> bool:
@@ -55,8 +66,8 @@ def is_text(start: bytes) -> bool:
 
 
 def slide_id_of(path: Path | str) -> str:
-    """Slide id from a feature file's name: no extension, no trailing `_features`, `_feats` or `_patches`.
+    """Slide id from a feature file's name: no extension, no trailing `_features`, `_feats`, `_patches`, `.features.0`.
 
     Text after a dot is kept: it is the UUID of a TCGA id.
     """
-    return re.sub(r"[_.-](features|feats|patches)$", "", Path(path).stem, flags=re.IGNORECASE)
+    return re.sub(r"([_.-](features|feats|patches)|\.features\.\d+)$", "", Path(path).stem, flags=re.IGNORECASE)

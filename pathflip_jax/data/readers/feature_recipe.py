@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 Source = Literal["", "prepare", "import"]
 SIZE_TOLERANCE = 0.1  # nominal and measured mpp differ by up to 10 percent, patches of 224 and 256 pixels by 14
 SAME = 1e-3  # relative difference within which two stated numbers are the same
+SRGB, AS_STORED = "srgb", "as stored"  # colours of patches: converted by the slide's ICC profile, or not
 _SHOWN = 12  # digits of a hash in messages
 
 
@@ -17,8 +18,8 @@ class FeatureRecipe:
 
     `weights` is the SHA-256 of the weights, `encoder_version` that of an encoder without weights. `transform` has the
     facts `resize`, `crop`, `filter`, `mean` and `std`. `patch_size` pixels at `mpp` are the patches as the encoder saw
-    them, `patch_um` their edge in micrometres. `source` is the command that states the facts. Raises ValueError for
-    values of another kind.
+    them, `patch_um` their edge in micrometres. `colours` is SRGB or AS_STORED; `prepare` leaves the latter out, as the
+    versions before it do. `source` is the command that states the facts. Raises ValueError for values of another kind.
     """
 
     encoder: str = ""
@@ -31,11 +32,13 @@ class FeatureRecipe:
     patch_size: int = 0
     mpp: float = 0.0
     patch_um: float = 0.0
+    colours: str = ""
     source: Source = ""
 
     def __post_init__(self) -> None:
         for name in ("encoder", "encoder_version", "weights", "pooling", "precision", "source"):
             self._require(name, isinstance(getattr(self, name), str), "a text")
+        self._require("colours", self.colours in ("", SRGB, AS_STORED), f"{SRGB}, {AS_STORED}, or nothing for unknown")
         self._require("source", self.source in get_args(Source), "prepare or import")
         for name in ("feature_dim", "patch_size"):
             value = getattr(self, name)
@@ -88,8 +91,15 @@ def _differences(one: FeatureRecipe, other: FeatureRecipe) -> Iterator[str]:
         here, there = one.transform[name], other.transform[name]
         if not _is_same(here, there):
             yield f"{name} of the transform ({_text(here)}, not {_text(there)})"
+    here, there = _colours(one), _colours(other)
+    if here and there and here != there:
+        yield f"colours of the patches ({here}, not {there})"
     if not _have_same_patches(one, other):
         yield f"patches ({patch_words(one)}, not {patch_words(other)})"
+
+
+def _colours(recipe: FeatureRecipe) -> str:
+    return recipe.colours or (AS_STORED if recipe.source == "prepare" else "")
 
 
 def _have_same_patches(one: FeatureRecipe, other: FeatureRecipe) -> bool:

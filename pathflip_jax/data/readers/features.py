@@ -28,6 +28,7 @@ from pathflip_jax.data.readers.feature_format import FeatureFields, slide_id_of
 from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.formats import read_fields
 from pathflip_jax.data.storage.blocks import row_blocks
+from pathflip_jax.data.storage.folders import is_store
 from pathflip_jax.data.texts.identity import barcode_patient
 
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
@@ -184,7 +185,7 @@ def read_features(
     with the file, what was found and the cure.
     """
     path = Path(path)
-    if not path.is_file():
+    if not (path.is_file() or is_store(path)):
         raise FileNotFoundError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; pass a slide's feature file"
         )
@@ -198,9 +199,11 @@ def read_features(
         _check_rows(fields["features"], fields.get("coords"))
         _fill(fields, patch_size, mpp, encoder, override_mpp)
         if fields.get("coords") is not None and len(fields["features"]):
+            _rescale(fields, patch_size)
             fields["coords"] = integer_coords(fields["coords"], len(fields["features"]), f"slide {slide_id}")
             _settle_patch_size(fields, patch_size)
-        fields.pop("step", None)
+        for name in ("step", "centres", "edge", "spots"):
+            fields.pop(name, None)
         if fields["features"].dtype == np.float64:
             fields["features"] = _as_float32(fields["features"])
         return SlideFeatures(slide_id, case_id, **fields)
@@ -258,6 +261,19 @@ def _fill(
     fields |= {"encoder": named or encoder or "", "notes": tuple(notes)}
 
 
+def _rescale(fields: FeatureFields, given: int | None) -> None:
+    """Scale coordinates of an unstated level to level 0 by the caller's patch size. Raises ValueError without it."""
+    if not (edge := fields.get("edge")):
+        return
+    if not given:
+        raise ValueError(
+            f"coordinates are in pixels of the resolution at which patches of {edge:g} px were read, which the file "
+            f"does not state; pass patch_size (--patch-size), the edge of a patch in pixels at level 0: {2 * edge:g} "
+            "if patches were read at 0.5 um per px from a slide of 0.25"
+        )
+    fields["coords"] = np.round(fields["coords"] * (given / edge))
+
+
 def _settle_patch_size(fields: FeatureFields, given: int | None) -> None:
     """Infer the patch size from the gaps between patches if nothing gives it, and check it against them otherwise.
 
@@ -271,18 +287,28 @@ def _settle_patch_size(fields: FeatureFields, given: int | None) -> None:
         notes.append(f"coordinates were counted in patches: multiplied by the patch size, {given} px")
         gap = gap._replace(size=given)
     if not fields.get("patch_size"):
-        fields |= _inferred_size(len(coords), gap)
+        if fields.get("spots"):
+            raise ValueError(
+                "patches about the spots of an assay (HEST-bench), whose gaps are not the patch size; pass mpp (--mpp) "
+                "or patch_size (--patch-size), the edge of a patch in pixels at level 0"
+            )
+        fields |= _inferred_size(len(coords), gap, fields.get("centres", False))
         notes.append(f"patch size of {gap.size} px inferred from the gaps between patches, as the file does not say it")
     size, step = fields["patch_size"], fields.get("step", 0.0)
     places = (fields.get("width", 0), fields.get("height", 0))
     if (step or not given) and (fault := step_fault(coords, size, step, *places)):
         raise ValueError(fault)
-    if not step and gap.support >= FEWEST_GAPS and gap.size != size:
+    if not (step or fields.get("spots")) and gap.support >= FEWEST_GAPS and gap.size != size:
         notes.append(f"patches of {size} px are {gap.size} px apart at level 0: check the patch size")
+    if fields.get("centres"):
+        fields["coords"] = coords - np.int32(size // 2)
     fields["notes"] = tuple(notes)
 
 
-def _inferred_size(patches: int, gap: Gap) -> dict:
+def _inferred_size(patches: int, gap: Gap, centres: bool) -> dict:
+    """Patch size from the gaps. Raises UnknownPatchSize if they are too few; of `centres` ValueError, as the corners
+    depend on it, so that the rest of a cohort cannot complete it later.
+    """
     if gap.size == 1:
         raise ValueError(
             "coordinates in steps of 1: they are counted in patches, not pixels; pass patch_size (--patch-size), the "
@@ -290,7 +316,8 @@ def _inferred_size(patches: int, gap: Gap) -> dict:
         )
     if gap.support < FEWEST_GAPS:
         seen = f"{gap.support} gaps of {gap.size} px" if gap.support else "no two of them in one row or column"
-        raise UnknownPatchSize(
+        kind = ValueError if centres else UnknownPatchSize
+        raise kind(
             f"the patch size is not in the file and cannot be inferred from {patches} patches ({seen}); pass "
             "patch_size (--patch-size): the edge of a patch in pixels at level 0"
         )

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import resource
 import socket
@@ -63,7 +64,7 @@ class Reader:
         OSError or ImportError prefixed with the file's name; so is the end of the worker by a crash, or because the
         file took more than `memory` bytes or too long.
         """
-        size = os.path.getsize(path)
+        size = size_of(path)
         request = {
             "function": function,
             "path": os.path.abspath(path),
@@ -118,6 +119,13 @@ def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY
 def start(module: str) -> None:
     """Start the worker shared by this process, as `Reader.start`."""
     _shared_reader.start(module)
+
+
+def size_of(path: Path | str) -> int:
+    """Bytes of a file, or of all files in a folder (a Zarr store)."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(path) for name in names)
 
 
 def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: str) -> None:
@@ -273,6 +281,8 @@ def _begin(connection: socket.socket) -> None:
     _connection = connection
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
+    # Semaphores that libraries create (numcodecs) are then unlinked at once, so that none outlives a stopped worker.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")})
 
 

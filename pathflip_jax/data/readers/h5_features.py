@@ -16,6 +16,8 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 EXTENSIONS = (".h5", ".hdf5")
 # Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
+LEVEL0_MPP = "level0_mpp"  # our own attribute beside TRIDENT's: the exact resolution, in `export/trident.py`
+HEST_UM = 112.0  # edge of HEST-bench's patches: 224 px at 0.5 um per px
 STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 uses pixels of its tiles: 224 of them are 256 um
 OWN_LAYOUT = (
     "rename it to 'features' if its rows are patches whose top-left corners, in pixels at level 0, are 'coords'"
@@ -41,23 +43,55 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields
             fields["notes"] = (f"no 'coords' in the file; not read: {', '.join(map(repr, others[:5]))}",)
         return fields
     fields["coords"] = squeezed(arrays["coords"])
+    if "barcodes" in facts["names"]:
+        return fields | _spot_fields(path, mpp)
     fields |= _grid_attributes(facts["/"] | facts["coords"])
     if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5 and "encoder" in facts:
         fields |= _atlas_coords(path, fields)
-    if "patch_size" not in fields:
-        fields |= _sibling_attributes(path)
+    if "patch_size" not in fields and (sibling := sibling_of(path)):
+        fields |= read_sibling(sibling, with_coords=False)
     return fields
+
+
+def holds_features(path: Path) -> bool:
+    """Whether a file in a `patches/` folder holds features, as AtlasPatch's do, besides the coordinates of others'."""
+    facts, _ = guarded.parse(READER, path, False, "")
+    return "features" in facts or bool(facts.get("encoders"))
 
 
 def _other_layout(names: list[str]) -> str:
     """Message for a file without patch features."""
     if "embeddings" in names:
-        kind = "of the spots of HEST-bench" if "barcodes" in names else "of a kind that is not stated"
-        return f"'embeddings' {kind}, expected 'features' [patches, width] of a slide; {OWN_LAYOUT}"
+        return f"'embeddings' of a kind that is not stated, expected 'features' of a slide's patches; {OWN_LAYOUT}"
+    if "img" in names and "coords" in names:
+        return (
+            "images of patches ('img', as HEST and patch extractors write them), not their features; pass the file of "
+            "the features extracted from them, HEST-bench's with 'embeddings'"
+        )
     cure = "the layout is unknown; save a slide's patch features as 'features', their corners at level 0 as 'coords'"
     if "coords" in names:
         cure = "it holds coordinates; pass the file of the features extracted there"
     return f"datasets {names}, expected 'features' [patches, width]; {cure}"
+
+
+def _spot_fields(path: Path, mpp: float | None) -> dict:
+    """Patch size and notes of HEST-bench's patches about the spots of an assay, by the patches' images or by mpp.
+
+    The spots of an assay are not a grid of patches, so that their gaps tell no patch size.
+    """
+    sibling, fields = sibling_of(path), {"spots": True}
+    if sibling:
+        facts, _ = guarded.parse(READER, sibling, False, "")
+        attributes = facts.get("coords", {})
+        fields |= {"patch_size": _pixels(_number(attributes, "patch_size_src"))}
+        if pixel_size := _number(attributes, "pixel_size"):
+            fields["mpp"] = pixel_size
+    if not fields.get("patch_size") and mpp:
+        fields |= {
+            "patch_size": _pixels(HEST_UM / mpp),
+            "notes": (f"patches of HEST-bench: {HEST_UM:g} um, 224 px at 0.5 um per px",),
+        }
+    return fields
 
 
 def _array_at(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
@@ -97,7 +131,8 @@ def _pixels(value: float) -> int:
 def _grid_attributes(attributes: dict) -> dict:
     """Patch size, mpp and slide size from the attributes that TRIDENT, CLAM or AtlasPatch store with `coords`.
 
-    Some versions store them as floats. CLAM's `patch_size` is in pixels of `patch_level`, TRIDENT's and its `overlap`
+    Some versions store them as floats. TRIDENT's mpp is the nominal one of its magnification, unless our own attribute
+    states it (`LEVEL0_MPP`). CLAM's `patch_size` is in pixels of `patch_level`, TRIDENT's and its `overlap`
     in pixels at the target magnification; older TRIDENT has no `patch_size_level0`.
     """
     fields = {}
@@ -109,7 +144,9 @@ def _grid_attributes(attributes: dict) -> dict:
         fields["patch_size"] = patch_size
         if "overlap" in attributes:
             fields["step"] = patch_size - _number(attributes, "overlap") * scale
-    if level0:
+    if mpp := _number(attributes, LEVEL0_MPP) or _number(attributes, "mpp"):  # the latter is AtlasPatch's
+        fields["mpp"] = mpp
+    elif level0:  # nominal
         fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
     width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
     size = attributes.get("level_dim")
@@ -135,21 +172,32 @@ def _atlas_coords(path: Path, fields: dict) -> dict:
     return found
 
 
-def _sibling_attributes(path: Path) -> dict:
-    """Attributes of a slide from the `patches/` folder next to a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
+def sibling_of(path: Path) -> Path | None:
+    """File of a slide in the `patches/` folder next to a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
 
     It is searched for next to a link and next to the link's target.
     """
     slide_id = slide_id_of(path)
     for parent in dict.fromkeys([*path.absolute().parents[1:3], *path.resolve().parents[1:3]]):
         for name in (f"{slide_id}.h5", f"{slide_id}_patches.h5"):
-            sibling = parent / "patches" / name
-            if sibling.is_file():
-                facts, _ = guarded.parse(READER, sibling, False, "")
-                if "coords" not in facts:
-                    raise OSError(f"{sibling}: the file has no patch coordinates; write it again, or pass patch_size")
-                return _grid_attributes(facts["coords"])
-    return {}
+            if (sibling := parent / "patches" / name).is_file():
+                return sibling
+    return None
+
+
+def read_sibling(path: Path, with_coords: bool = True) -> FeatureFields:
+    """Fields of a slide from its file in the `patches/` folder, with its coordinates or only their attributes."""
+    facts, arrays = guarded.parse(READER, path, with_coords, "")
+    if "coords" not in facts:
+        raise OSError(f"{path}: the file has no patch coordinates; write it again, or pass patch_size")
+    fields: FeatureFields = _grid_attributes(facts["/"] | facts["coords"])
+    if not with_coords:
+        return fields
+    arrays |= {name: _array_at(path, *place) for name, place in facts["places"].items()}
+    fields["coords"] = squeezed(arrays["coords"])
+    if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5:
+        fields |= _atlas_coords(path, fields)
+    return fields
 
 
 def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: float | None) -> dict:
@@ -204,7 +252,7 @@ def _recognises(start: bytes, path: Path) -> bool:
 FORMAT = FeatureFormat(
     name="HDF5",
     extensions=EXTENSIONS,
-    tools=("CLAM", "TRIDENT", "STAMP", "AtlasPatch"),
+    tools=("CLAM", "TRIDENT", "STAMP", "AtlasPatch", "HEST-bench"),
     recognises=_recognises,
     read=read_h5,
 )

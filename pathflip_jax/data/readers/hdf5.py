@@ -13,7 +13,9 @@ import numpy as np
 from pathflip_jax.data.readers.guarded import Parsed, Refused, check_size, shared_empty
 from pathflip_jax.data.storage import blocks
 
-FEATURES = ("feats", "features")  # STAMP's name, and all others'; AtlasPatch has a group with one dataset per encoder
+# Names of STAMP, of all others, and of Prov-GigaPath's dictionaries; AtlasPatch has a group with an array per encoder.
+FEATURES = ("feats", "features", "tile_embeds")
+EMBEDDINGS, BARCODES = "embeddings", "barcodes"  # of HEST-bench; the former alone may be anything
 UNFINISHED = "__tmp_"  # AtlasPatch's prefix of interrupted runs
 MOST_NAMES, MOST_NUMBERS, LONGEST_TEXT = 100, 16, 1000
 
@@ -21,10 +23,10 @@ MOST_NAMES, MOST_NUMBERS, LONGEST_TEXT = 100, 16, 1000
 def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
     """Arrays `features` or `feats`, and `coords`; the facts are their attributes, and the file's ("/").
 
-    `names` lists the top-level objects. If `features` is a group, `encoder` selects from it, and the fact `encoder` is
-    the name of the selection. Contiguous arrays are not read: `places` gives their offset, shape and dtype. Without
-    `with_arrays` only the attributes are read. Raises OSError for anything but a complete HDF5 file, Refused for an
-    array that is non-numeric, in another file, or too large for this one.
+    `names` lists the top-level objects. If `features` is a group, the fact `encoders` lists its arrays, `encoder`
+    selects from them, and the fact `encoder` is the name of the selection. Contiguous arrays are not read: `places`
+    gives their offset, shape and dtype. Without `with_arrays` only the attributes are read. Raises OSError for anything
+    but a complete HDF5 file, Refused for an array that is non-numeric, in another file, or too large for this one.
     """
     facts, arrays = {"places": {}}, {}
     try:
@@ -32,10 +34,15 @@ def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
             facts["names"] = sorted(islice(file, MOST_NAMES))
             facts["/"] = _attributes(file)
             features = next((name for name in FEATURES if name in file), "")
-            places = {features: features, "coords": "coords"}
+            if not features and EMBEDDINGS in file and BARCODES in file:
+                features = EMBEDDINGS
+            key = features if features == "feats" else "features"
+            places = {key: features, "coords": "coords"}
             if features and isinstance(group := _own_object(file, features), h5py.Group):
-                places[features] = _choose(group, features, encoder)
-                facts["encoder"] = places[features].rpartition("/")[2]
+                found = [own for own in islice(group, MOST_NAMES) if not own.startswith(UNFINISHED)]
+                facts["encoders"] = sorted(found)
+                places[key] = _choose(found, features, encoder) if with_arrays else ""
+                facts["encoder"] = places[key].rpartition("/")[2]
             for name, place in places.items():
                 if not place or place not in file or not isinstance(dataset := _own_object(file, place), h5py.Dataset):
                     continue
@@ -53,9 +60,8 @@ def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
     return facts, arrays
 
 
-def _choose(group: h5py.Group, name: str, encoder: str) -> str:
-    """Path of one encoder's features in a group of several; "" if there is none."""
-    found = [own for own in islice(group, MOST_NAMES) if not own.startswith(UNFINISHED)]
+def _choose(found: list[str], name: str, encoder: str) -> str:
+    """Path of one encoder's features among those `found` in a group; "" if there is none."""
     chosen = [own for own in found if not encoder or own.casefold() == encoder.casefold()]
     if len(found) > 1 and len(chosen) != 1:
         asked = f"none is {encoder!r}" if encoder else "one has to be chosen"

@@ -4,7 +4,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from contourpy import FillType, contour_generator
@@ -165,6 +165,11 @@ def _ring(points) -> Float[np.ndarray, "n 2"]:
 
 def write_outlines(path, outlines: dict[str, list[Polygon]]) -> None:
     """Write outlines as a FeatureCollection of annotations that QuPath opens."""
+    Path(path).write_text(json.dumps(as_collection(outlines)), encoding="utf-8")
+
+
+def as_collection(outlines: dict[str, list[Polygon]]) -> dict[str, Any]:
+    """Outlines by class as a FeatureCollection of QuPath's annotations."""
     features = [
         {
             "type": "Feature",
@@ -177,7 +182,7 @@ def write_outlines(path, outlines: dict[str, list[Polygon]]) -> None:
         for name, polygons in outlines.items()
         for polygon in polygons
     ]
-    Path(path).write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    return {"type": "FeatureCollection", "features": features}
 
 
 def contains(polygons: list[Polygon], points: Float[np.ndarray, "N 2"]) -> Bool[np.ndarray, "N"]:

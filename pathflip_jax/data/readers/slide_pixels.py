@@ -1,21 +1,26 @@
 """Thumbnails, tiles, patches and mean colours of slide files; runs only in the worker of `guarded.py`.
 
-OpenSlide and its dependencies (libtiff, libjpeg, OpenJPEG) parse any file that claims to be a slide, and some files
-crash or hang the process. `data_prep` opens slides in separate worker processes. Labels and macro images, which can
-name the patient, are never read here.
+The files are those that `pathflip prepare` reads, by the same readers (`pixels.sources`). OpenSlide and its
+dependencies (libtiff, libjpeg, OpenJPEG) parse any file that claims to be a slide, and some files crash or hang the
+process. `data_prep` opens slides in separate worker processes. Labels and macro images, which can name the patient, are
+never read here.
 """
 
+import contextlib
 import functools
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import openslide
 from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
+from pathflip_jax.data.pixels.ome import read_ome
+from pathflip_jax.data.pixels.source import DamagedPixels, PixelSource, Unreadable
+from pathflip_jax.data.pixels.sources import open_source
 from pathflip_jax.data.readers.guarded import Parsed, Refused
-from pathflip_jax.data.readers.ome import read_ome
 
 WHOLE_LEVEL = 2**26  # pixels of a level read in one call, or in one strip, for a thumbnail or a tile
 TILE, OVERLAP = 254, 1  # Deep Zoom: with overlap on both sides a tile has 256 pixels
@@ -23,8 +28,12 @@ OPEN_SLIDES = 4  # kept open by a worker for tiles; each may hold 32 MB of decod
 
 
 def detect(path: str) -> Parsed:
-    """Slide format detected by OpenSlide, as the fact `format`; None if unknown."""
-    return {"format": openslide.OpenSlide.detect_format(path)}, {}
+    """Slide format as the fact `format`: that which OpenSlide detects, else the reader that opens it; None if none."""
+    found = openslide.OpenSlide.detect_format(path)
+    if found is None:
+        with contextlib.suppress(Unreadable), contextlib.closing(open_source(Path(path))) as slide:
+            found = slide.reader
+    return {"format": found}, {}
 
 
 def measures(path: str) -> Parsed:
@@ -59,7 +68,7 @@ def thumbnail(path: str, pixels: int) -> Parsed:
         return {"width": slide.dimensions[0]}, {"picture": np.asarray(picture)}
 
 
-def _reduced(slide: openslide.OpenSlide, level: int, pixels: int) -> Image.Image:
+def _reduced(slide: PixelSource, level: int, pixels: int) -> Image.Image:
     """Downsampled image of a level too large for one read: averaged strip by strip, then resized."""
     width, height = slide.level_dimensions[level]
     step, scale = max(1, max(width, height) // pixels), slide.level_downsamples[level]
@@ -163,9 +172,11 @@ def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
                 f"`vips tiffsave {os.path.basename(path)} OUT.tiff --tile --pyramid --compression jpeg`"
             )
         picture = tiles.get_tile(level, (column, row))
-    except openslide.OpenSlideError as error:
+    except Unreadable as error:
+        raise ValueError(str(error)) from None
+    except (openslide.OpenSlideError, DamagedPixels) as error:
         _tiles.cache_clear()  # OpenSlide handles are unusable after an error
-        raise ValueError(f"OpenSlide cannot read it ({error}); the file is damaged: copy it again") from None
+        raise ValueError(f"its pixels cannot be read ({error}); the file is damaged: copy it again") from None
     with io.BytesIO() as out:
         picture.save(out, "JPEG", quality=quality)
         return {}, {"jpeg": np.frombuffer(out.getvalue(), np.uint8)}
@@ -174,23 +185,23 @@ def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
 @functools.lru_cache(OPEN_SLIDES)
 def _tiles(path: str, changed: int, size: int) -> DeepZoomGenerator:
     """Deep Zoom tiles of a slide, cached by its file's modification time and size."""
-    return DeepZoomGenerator(openslide.OpenSlide(path), TILE, OVERLAP)
+    return DeepZoomGenerator(open_source(Path(path)), TILE, OVERLAP)
 
 
 class _opened:
-    """Context manager for an open slide, which converts OpenSlide's errors to ValueError."""
+    """Context manager for an open slide, which converts the readers' errors to ValueError."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __enter__(self) -> openslide.OpenSlide:
+    def __enter__(self) -> PixelSource:
         try:
-            self.slide = openslide.OpenSlide(self.path)
-        except openslide.OpenSlideError as error:
-            raise ValueError(f"OpenSlide cannot open it ({error}); leave the picture out, or repair the file") from None
+            self.slide = open_source(Path(self.path))
+        except Unreadable as error:
+            raise ValueError(f"{error}; leave the picture out, or repair the file") from None
         return self.slide
 
     def __exit__(self, kind, error, trace) -> None:
         self.slide.close()
-        if isinstance(error, openslide.OpenSlideError):
-            raise ValueError(f"OpenSlide cannot read it ({error}); leave the picture out, or repair the file") from None
+        if isinstance(error, openslide.OpenSlideError | DamagedPixels):
+            raise ValueError(f"it cannot be read ({error}); leave the picture out, or repair the file") from None

@@ -1,84 +1,98 @@
-"""PyTorch feature files: a tensor, or a dictionary of tensors; runs only in the worker of `guarded.py`.
+"""PyTorch feature files: a tensor or array, or a dictionary of them; runs only in the worker of `guarded.py`.
 
-No other file imports PyTorch to read features.
+They are read without PyTorch (`torch_archive.py`), except for the few that `torch_legacy.py` reads.
 """
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import torch
 
 from pathflip_jax.data.readers.guarded import Parsed, Refused, shared_empty
+from pathflip_jax.data.readers.torch_archive import read_archive
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.int16, torch.int32, torch.int64)
+DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+INTEGERS = tuple(np.dtype(dtype) for dtype in (np.int16, np.int32, np.int64))
 FEATURES = ("features", "feats", "tile_embeds", "embeddings")  # tile_embeds: Prov-GigaPath's
+COORDS = "coords"
 MOST_NAMES = 8
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+SAVE_NUMBERS = "save its numbers: torch.save(torch.tensor(features), path)"
+_WEIGHTS = re.compile(r"\.(weight|bias)$")
 
 
-def read(path: str) -> Parsed:
-    """Features of a .pt file, and coordinates if it is a dictionary that has them.
+def read(path: str, with_arrays: bool) -> Parsed:
+    """Features of a .pt file, and coordinates if it is a dictionary that has them; only their names in the fact
+    `names` without `with_arrays`.
 
-    bfloat16, which NumPy lacks, is returned as int16 with the fact `bfloat16`. Never unpickles code. Raises Refused for
-    anything but floating point tensors, and for one larger than its file: strides of 0 can claim terabytes.
+    bfloat16, which NumPy lacks, is returned as int16 with the fact `bfloat16`. Never unpickles code. A file that
+    `torch_archive.py` refuses gives only the fact `fault`, its reason. Raises Refused for anything but floating point
+    numbers, and for a tensor larger than its file: strides of 0 can claim terabytes.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises different types for different kinds of damage
-        raise Refused(_reason(str(error) or type(error).__name__)) from None
-    tensors = _tensors(found)
-    bfloat16 = tensors["features"].dtype == torch.bfloat16
-    if bfloat16:
-        tensors["features"] = tensors["features"].view(torch.int16)
-    return {"bfloat16": bfloat16}, {name: _array(tensor, path) for name, tensor in tensors.items()}
+        found = read_archive(Path(path), numpy_arrays=True)
+    except ValueError as error:
+        return {"fault": str(error).removeprefix(f"{path}: ")}, {}
+    return parsed(found, path, with_arrays)
 
 
-def _reason(message: str) -> str:
-    message = _COLOURS.sub("", message)
-    if "numpy" in message and ("_reconstruct" in message or "multiarray" in message):
-        return (
-            "a pickled NumPy array (as TRIDENT writes with saveas pt), which cannot be read without running code; pass "
-            "the slide's .h5 file, or save the tensor: torch.save(torch.from_numpy(features), path)"
-        )
-    return f"not a tensor that can be read without running code ({message.splitlines()[0]}); save it again"
+def parsed(found: Any, path: str, with_arrays: bool) -> Parsed:
+    """Facts and arrays of a file's content, in which tensors are arrays."""
+    arrays = _chosen(found)
+    facts = {"names": list(arrays), "bfloat16": arrays["features"].dtype == ml_dtypes.bfloat16}
+    if not with_arrays:
+        return facts, {}
+    return facts, {name: _shared(array, path) for name, array in arrays.items()}
 
 
-def _tensors(found: Any) -> dict[str, torch.Tensor]:
-    """Tensors by name: the single tensor, or those of a dictionary under known names."""
+def _chosen(found: Any) -> dict[str, np.ndarray]:
+    """Arrays by name: the single one, or those of a dictionary under known names."""
     if isinstance(found, dict):
-        name = next((name for name in FEATURES if isinstance(found.get(name), torch.Tensor)), "")
+        name = next((name for name in FEATURES if isinstance(found.get(name), np.ndarray)), "")
         if not name:
-            names = ", ".join(str(key)[:40] for key in list(found)[:MOST_NAMES])
-            raise Refused(
-                f"holds a dict of {len(found)} entries ({names}), expected one tensor [patches, width], or a dict of "
-                f"{' or '.join(FEATURES)}, and coords; save the features alone"
-            )
-        coords = found.get("coords")
-        tensors = {"features": found[name]}
-        if coords is not None and not isinstance(coords, torch.Tensor):
+            raise Refused(_other_dictionary(found))
+        coords = found.get(COORDS)
+        arrays = {"features": found[name]}
+        if coords is not None and not isinstance(coords, np.ndarray):
             raise Refused(f"holds 'coords' of type {type(coords).__name__}, expected a tensor [patches, 2]")
         if coords is not None:
-            tensors["coords"] = coords
-    elif isinstance(found, torch.Tensor):
-        tensors = {"features": found}
+            arrays[COORDS] = coords
+    elif isinstance(found, np.ndarray):
+        arrays = {"features": found}
     else:
         kind = type(found).__name__
         raise Refused(f"holds a {kind}, expected one tensor [patches, width]; save the features alone")
-    for name, tensor in tensors.items():
-        allowed = DTYPES if name == "features" else DTYPES[2:] + INTEGERS
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in allowed:
-            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[:3])
-            raise Refused(f"its {name} are {kind}; expected {expected}; extract them again")
-        tensors[name] = tensor.detach()
-    return tensors
+    for name, array in arrays.items():
+        if array.dtype.newbyteorder("=") not in _allowed(name):
+            raise unsupported(name, f"torch.{array.dtype}")
+    return arrays
 
 
-def _array(tensor: torch.Tensor, path: str) -> np.ndarray:
-    array = tensor.numpy()
-    copy = shared_empty(array.shape, array.dtype, os.path.getsize(path), "a tensor")
+def _other_dictionary(found: dict) -> str:
+    names = ", ".join(str(key)[:40] for key in list(found)[:MOST_NAMES])
+    if sum(bool(_WEIGHTS.search(str(key))) for key in found) > 1 or "state_dict" in found:
+        return f"holds the weights of a model ({names}), not the features of a slide; pass the slide's feature file"
+    return (
+        f"holds a dict of {len(found)} entries ({names}), expected one tensor [patches, width], or a dict of "
+        f"{' or '.join(FEATURES)}, and coords; save the features alone"
+    )
+
+
+def _allowed(name: str) -> tuple[np.dtype, ...]:
+    return DTYPES[2:] + INTEGERS if name == COORDS else DTYPES
+
+
+def unsupported(name: str, kind: str) -> Refused:
+    """Objection to the dtype of a tensor."""
+    expected = ", ".join(str(dtype) for dtype in _allowed(name)[:3])
+    return Refused(f"its {name} are {kind}; expected {expected}; extract them again")
+
+
+def _shared(array: np.ndarray, path: str) -> np.ndarray:
+    """Copy in shared memory, in this machine's byte order."""
+    array = array.view(np.int16) if array.dtype == ml_dtypes.bfloat16 else array
+    copy = shared_empty(array.shape, array.dtype.newbyteorder("="), os.path.getsize(path), "a tensor")
     copy[...] = array
     return copy

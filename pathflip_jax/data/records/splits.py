@@ -11,7 +11,8 @@ from typing import NamedTuple
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.identity import fold
-from pathflip_jax.data.texts.text import SPLITS, read_slide_table, rename_rows
+from pathflip_jax.data.texts.split_files import SPLITS, SlideTableFile, folds_hint
+from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 
 Row = Mapping[str, str]
 NO_VALIDATION = ("", "none")
@@ -47,7 +48,7 @@ class SlideTable(NamedTuple):
         return found
 
 
-def read_matched_table(table: str, name: str, records: Records) -> tuple[SlideTable, list[str]]:
+def read_matched_table(table: SlideTableFile, name: str, records: Records) -> tuple[SlideTable, list[str]]:
     """Read a slide table and match it to records (called `name` in messages); inexact matches are noted."""
     case_of = _cases_of(records)
     listed, notes = rename_rows(read_slide_table(table), list(case_of), table)
@@ -61,12 +62,17 @@ def _cases_of(records: Records) -> dict[str, str]:
 
 def unknown_split_message(table: object, split: str, rows: Iterable[Row]) -> str:
     """Message for a split without rows, with the existing splits and the closest match."""
+    rows = list(rows)
     counts = Counter(row["split"] for row in rows)
     there = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(counts.items()))
     meant = SPLITS.get(split.lower(), "")
     near = [meant] if counts[meant] and meant else difflib.get_close_matches(split, list(filter(None, counts)), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{table}: no slide is in split {split!r}; the splits are {there or '(none: no rows)'}{hint}"
+    return f"{table}: no slide is in split {split!r}; the splits are {there or '(none: no rows)'}{hint or _folds(rows)}"
+
+
+def _folds(rows: Sequence[Row]) -> str:
+    return "" if any(row["split"] for row in rows) else folds_hint(rows)
 
 
 def count_splits(held: SlideTable | None, records: Records, texts: Mapping[str, Iterable[Sequence[str]]]) -> dict:

@@ -93,7 +93,7 @@ def atomic_file(path: Place, *, sync_folder: bool = True) -> Iterator[AtomicFile
             yield AtomicFile(raw, Path(raw.name))
             upload(Path(raw.name), path)
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     out = AtomicFile(None, path)
     try:
         try:
@@ -111,9 +111,37 @@ def atomic_file(path: Place, *, sync_folder: bool = True) -> Iterator[AtomicFile
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _remove_leftovers(path)
+    if sync_folder:
+        sync(path.parent)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Path of a temporary file next to `path`, for libraries that open files themselves; renamed once it is whole.
+
+    Raises OSError as the library does; then, and after any other error, no file is left.
+    """
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            sync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _remove_leftovers(path)
+    sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of killed writers."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):
             if leftover.stat().st_mtime < time.time() - ABANDONED_AFTER:
                 leftover.unlink()
-    if sync_folder:
-        sync(path.parent)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDERS_AS_FILES = (".zarr",)  # formats that are a folder of thousands of small files
+STORE_FILES = ("zarr.json", ".zgroup", ".zarray")  # of which one is in the folder of a store
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ANNEX = re.compile(rb"^(\.\./|/)*(\.git/)?annex/objects/")
 
@@ -62,6 +63,14 @@ def walk_files(folder: Path | str) -> Walked:
 
     visit(folder)
     return Walked(sorted(files), dict(sorted(broken.items())))
+
+
+def is_store(path: Path | str) -> bool:
+    """Whether a folder counts as one file, by its name or by a file in it (Zarr)."""
+    path = Path(path)
+    return path.is_dir() and (
+        path.suffix.lower() in FOLDERS_AS_FILES or any((path / name).is_file() for name in STORE_FILES)
+    )
 
 
 def _fault(path: Path, error: OSError) -> str:

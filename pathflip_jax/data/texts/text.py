@@ -23,11 +23,10 @@ from pathflip_jax.data.texts.identity import (
     is_empty,
     is_missing,
 )
+from pathflip_jax.data.texts.split_files import SPLITS, SlideTableFile, read_split_rows
 from pathflip_jax.data.texts.tables import Row, read_rows
 
 IMAGE = "<image>"  # position of the slide in a prompt
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
-SPLITS |= {"test": "test", "testing": "test", "": ""}
 SLIDE_COLUMNS = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
 _CASE = ("case_id", "patient_id", "case", "patient")
 _CAPTION = ("caption", "report", "text")
@@ -123,14 +122,14 @@ def _answer(row: Row) -> str:
     return as_text(given)
 
 
-def read_slide_table(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a slide table with at least a column slide_id, as read by `slide_row`.
+def read_slide_table(table: SlideTableFile) -> list[dict[str, str]]:
+    """Rows of a slide table, or of a split file of CLAM or Patho-Bench (`read_split_rows`), as read by `slide_row`.
 
     Raises ValueError with file and line as `slide_row` does, and for a slide listed twice, also in two spellings.
     """
     found: list[dict[str, str]] = []
     places: dict[str, tuple[str, str]] = {}
-    for row in read_rows(path):
+    for row in read_split_rows(table):
         found.append(slide_row(row))
         slide = found[-1]["slide_id"]
         other, place = places.setdefault(fold_slide(slide, zeros=True), (slide, row.place))

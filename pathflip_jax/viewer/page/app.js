@@ -59,7 +59,7 @@ async function open(number) {
   $("messages").replaceChildren();
   $("talk").replaceChildren();
   $("hover").hidden = true;
-  const { id, features } = page.slides[number];
+  const { id, features, encoding } = page.slides[number];
   history.replaceState(null, "", `#${encodeURIComponent(id.toWellFormed?.() ?? id)}`);
   document.title = `${id} · PathFLIP viewer`;
   $("slide-name").textContent = id;
@@ -75,9 +75,12 @@ async function open(number) {
     if (facts.image) await stage.open(number, facts.image);
     if (!here()) return;
     if (facts.image) showFacts(facts.image);
-    if (!features) return busy("");
+    if (!features && !encoding) return busy("");
     busy("Encoding the slide (first time only)…");
-    const patches = await source.patches(number);
+    const patches = await source.patches(number, (progress) => {
+      if (here()) busy(`Encoding the slide (first time only): ${stateOf(progress)}`);
+      return here();
+    });
     if (!here()) return;
     patches.warnings.forEach((warning) => showMessage(warning, "warning"));
     state.patches = new Patches(patches);
@@ -133,7 +136,7 @@ function addText(text, negative) {
   state.layers.push(layer);
   drawLayers();
   if (state.patches) scoreText(layer);
-  else if (state.number >= 0 && !page.slides[state.number].features) {
+  else if (state.number >= 0 && !page.slides[state.number].features && !page.slides[state.number].encoding) {
     layer.error = "This slide has no features";
     drawLayers();
   }
@@ -276,7 +279,10 @@ async function speak(question, write) {
   const answer = make("p", { textContent: "Writing…", className: "quiet" });
   $("talk").append(make("li", {}, make("p", { className: "question", textContent: question || "Report" }), answer));
   try {
-    const text = await write();
+    const text = await write((progress) => {
+      if (opening === state.opening) answer.textContent = `Waiting for the slide: ${stateOf(progress)}`;
+      return opening === state.opening;
+    });
     if (opening !== state.opening) return;
     [answer.textContent, answer.className] = [text || "(empty)", ""];
     if (question) state.talk.push([question, text]);
@@ -358,10 +364,10 @@ function start() {
   });
   submitted("ask", () => {
     const [question, number, before] = [$("question").value.trim(), state.number, [...state.talk]];
-    if (question) speak(question, () => source.answer(number, question, before));
+    if (question) speak(question, (waits) => source.answer(number, question, before, waits));
     $("question").value = "";
   });
-  $("report").addEventListener("click", () => speak("", () => source.report(state.number)));
+  $("report").addEventListener("click", () => speak("", (waits) => source.report(state.number, waits)));
   $("filter").addEventListener("input", drawList);
   $("find-text").addEventListener("search", () => $("find-text").value || findSlides());
   $("more").addEventListener("click", () => {
@@ -384,12 +390,14 @@ function start() {
   $("stage").addEventListener("pointerleave", () => ($("hover").hidden = true));
   document.addEventListener("keydown", pressed);
   drawList();
+  if (page.live) setInterval(refreshList, 2000);
   globalThis.addEventListener("hashchange", () => {
     const number = linkedSlide();
     if (number >= 0 && number !== state.number) open(number);
   });
   const [number, wanted] = [linkedSlide(), location.hash.slice(1)];
-  open(Math.max(number, 0));
+  if (page.slides.length) open(Math.max(number, 0));
+  else busy("No slide is in the folder yet; those that are added appear here");
   if (number < 0 && wanted) showMessage(`No slide is named “${wanted}”`, "warning");
 }
 

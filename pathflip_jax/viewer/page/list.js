@@ -29,10 +29,38 @@ function slideRow(number, best) {
     const bar = make("i", { className: "similarity" });
     bar.style.width = `${(100 * Math.max(similarity, 0)) / Math.max(best, 1e-9)}%`;
     words.append(make("span", { className: "quiet", textContent: `similarity ${similarity.toFixed(3)}` }), bar);
-  } else if (!slide.features) words.append(make("span", { className: "quiet", textContent: "no features" }));
+  } else if (!slide.features) words.append(make("span", { className: "quiet", textContent: stateOf(slide.encoding) }));
   button.append(picture, words);
   button.addEventListener("click", () => open(number));
   return make("li", {}, button);
+}
+
+/** The state of a slide without features in words. */
+function stateOf(encoding) {
+  if (!encoding) return "no features";
+  const { state, done, of, ahead } = encoding;
+  if (state === "failed") return "cannot be encoded";
+  if (state === "waiting") return ahead ? `waiting, ${ahead} before it` : "waiting to be encoded";
+  return of ? `encoding, ${done.toLocaleString("en")} of ${of.toLocaleString("en")} patches` : "finding tissue";
+}
+
+/** Take new slides and the progress of the encoder into the list. */
+async function refreshList() {
+  let slides;
+  try {
+    ({ slides } = await source.slides());
+  } catch {
+    return; // the next request of the visitor says so
+  }
+  if (JSON.stringify(slides) === JSON.stringify(page.slides)) return;
+  const first = page.slides.length;
+  page.slides = slides;
+  state.order.push(...slides.slice(first).map((_, i) => first + i));
+  const focused = document.activeElement?.closest("#slide-list li");
+  const at = focused ? [...$("slide-list").children].indexOf(focused) : -1;
+  drawList();
+  if (at >= 0) $("slide-list").children[at]?.querySelector("button").focus();
+  if (state.number < 0) open(0);
 }
 
 async function findSlides() {

@@ -9,12 +9,17 @@ class LiveSource {
     this.steps = 1; // step between thresholds, in percent
   }
 
+  slides() {
+    return this.#ask("slides.json");
+  }
+
   slide(number) {
     return this.#ask(`slides/${number}/slide.json`);
   }
 
-  patches(number) {
-    return this.#ask(`slides/${number}/patches.json`);
+  /** The patches of a slide; `waits` gets the progress of its encoding, and returns whether to go on waiting. */
+  patches(number, waits) {
+    return this.#ask(`slides/${number}/patches.json`, undefined, waits);
   }
 
   layer(number, text, negative) {
@@ -30,21 +35,27 @@ class LiveSource {
     return this.#ask("find", { text });
   }
 
-  async report(number) {
-    return (await this.#ask(`slides/${number}/report`, {})).text;
+  async report(number, waits) {
+    return (await this.#ask(`slides/${number}/report`, {}, waits)).text;
   }
 
-  async answer(number, question, before) {
-    return (await this.#ask(`slides/${number}/answer`, { question, before })).text;
+  async answer(number, question, before, waits) {
+    return (await this.#ask(`slides/${number}/answer`, { question, before }, waits)).text;
   }
 
-  async #ask(address, body) {
+  async #ask(address, body, waits) {
     const asked = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
     let response;
     try {
       response = await fetch(address, body === undefined ? {} : asked);
     } catch {
       throw new Error("The viewer does not respond; check that `pathflip serve` is still running");
+    }
+    if (response.status === 202) {
+      const { encoding } = await response.json();
+      if (!waits?.(encoding)) throw new Error("The slide is not encoded yet");
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+      return this.#ask(address, body, waits);
     }
     if (response.ok) return response.json();
     const text = await response.text();

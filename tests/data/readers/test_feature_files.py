@@ -72,6 +72,7 @@ def test_two_encoders_below_one_folder_are_refused(tmp_path):
 def test_files_that_are_left_out_are_told(tmp_path):
     """TRIDENT's slide embeddings lie beside the patch features, under the same names."""
     touch(tmp_path, "features_uni/a.h5", "slide_features_titan/a.h5", "b.npy", "c.npy", "d.zarr/0/0.0")
+    (tmp_path / "d.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
     found = find_feature_files(tmp_path)
     assert names(tmp_path) == ["features_uni/a.h5"]
     text = "\n".join(found.notes)

@@ -53,6 +53,16 @@ def test_every_fact_that_differs_is_named(changes, message):
     assert bool(objection(other, one)) == bool(message)
 
 
+def test_colours_are_told_apart_from_those_of_folders_made_before():
+    before, converted = FeatureRecipe(**UNI), FeatureRecipe(**UNI, colours="srgb")
+    assert "colours" not in before.to_dict() and FeatureRecipe.from_dict(converted.to_dict()) == converted
+    assert objection(before, converted) == "they differ in colours of the patches (as stored, not srgb)"
+    assert objection(converted, FeatureRecipe(**UNI | {"source": "import"})) == ""  # another tool does not say
+    assert objection(before, FeatureRecipe(**UNI, colours="as stored")) == ""
+    with pytest.raises(ValueError, match="colours 'cmyk': expected srgb, as stored, or nothing for unknown"):
+        FeatureRecipe(colours="cmyk")
+
+
 def test_all_that_differs_stands_in_one_sentence():
     other = FeatureRecipe(**UNI | {"pooling": "mean", "patch_size": 224})
     said = objection(FeatureRecipe(**UNI), other)

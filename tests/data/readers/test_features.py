@@ -220,9 +220,7 @@ def test_pointers_pages_and_arrays_say_what_they_are(tmp_path):
             read_features(path)
         assert str(path) in str(error.value)
     np.save(tmp_path / "x.npy", FEATURES)
-    with pytest.raises(
-        ValueError, match=r"x\.npy: a NumPy array, expected patch features of a slide .*; save .* as HDF5"
-    ):
+    with pytest.raises(ValueError, match=r"x\.npy: a NumPy array of shape \(6, 4\) without coordinates; save .* HDF5"):
         read_features(tmp_path / "x.npy")
 
 
@@ -239,7 +237,8 @@ def test_dictionaries_of_tensors(tmp_path):
         ({"layer_11_embed": tiles, "last_layer_embed": tiles}, "layer_11_embed, last_layer_embed"),
         ({"tile_embeds": tiles, "coords": COORDS.tolist()}, "'coords' of type list"),
         ({"tile_embeds": tiles, "coords": torch.ones(6, 2, dtype=torch.bool)}, "its coords are torch.bool"),
-        (FEATURES, r"x\.pt: a pickled NumPy array.*pass the slide's \.h5 file"),
+        (FEATURES.astype(object), r"x\.pt: a pickled NumPy array of Python objects; save its numbers"),
+        ({"blocks.0.weight": tiles, "blocks.0.bias": tiles[0]}, r"holds the weights of a model \(blocks\.0\.weight"),
     ):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match=said) as error:

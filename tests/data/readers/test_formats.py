@@ -1,6 +1,7 @@
 """Feature formats: one made up here is entered in the table by one line, and every user of the table knows it."""
 
 import codecs
+import io
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,23 @@ COORDS = np.stack(np.divmod(np.arange(36), 6), 1)[:, ::-1] * 256
 FEATURES = np.random.default_rng(0).standard_normal((36, 8), np.float32)
 
 
-def read_npz(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    with np.load(path) as file:
+def write_made_up(path: Path) -> None:
+    stored = io.BytesIO()
+    np.savez(stored, vectors=FEATURES, corners=COORDS)
+    path.write_bytes(b"PPF1" + stored.getvalue())
+
+
+def read_made_up(path: Path, mpp: float | None, encoder: str | None) -> dict:
+    with np.load(io.BytesIO(path.read_bytes()[4:])) as file:
         return {"features": file["vectors"], "coords": file["corners"], "patch_size": 256, "mpp": 0.5}
 
 
 MADE_UP = FeatureFormat(
     name="Made-up",
-    extensions=(".npz",),
+    extensions=(".feather",),
     tools=("PatchPress",),
-    recognises=lambda start, path: start[:4] == b"PK\x03\x04" and path.suffix == ".npz",
-    read=read_npz,
+    recognises=lambda start, path: start[:4] == b"PPF1",
+    read=read_made_up,
 )
 
 
@@ -49,12 +56,12 @@ def test_a_format_is_one_entry(made_up, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "run_each", run_here)
     (tmp_path / "features").mkdir()
     for name in ("S1", "S2"):
-        np.savez(tmp_path / "features" / f"{name}.npz", vectors=FEATURES, corners=COORDS)
+        write_made_up(tmp_path / "features" / f"{name}.feather")
     assert main(["import", str(tmp_path / "features"), "--out", str(tmp_path / "records")]) == 0
     assert "not read" not in capsys.readouterr().out
     records = Records(tmp_path / "records")
     assert [slide.slide_id for slide in records.slides] == ["S1", "S2"]
-    slide = read_features(tmp_path / "features" / "S1.npz")
+    slide = read_features(tmp_path / "features" / "S1.feather")
     assert np.array_equal(slide.features, FEATURES) and np.array_equal(slide.coords, COORDS)
     assert (slide.patch_size, slide.mpp) == (256, 0.5)
 
@@ -62,22 +69,22 @@ def test_a_format_is_one_entry(made_up, tmp_path, monkeypatch, capsys):
 def test_help_and_errors_are_read_off_the_table(made_up, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["import", "--help"])
-    assert "PatchPress" in (said := " ".join(capsys.readouterr().out.split())) and ".npz" in said
-    with pytest.raises(FileNotFoundError, match=r"no feature files \(.*\.npz"):
+    assert "PatchPress" in (said := " ".join(capsys.readouterr().out.split())) and ".feather" in said
+    with pytest.raises(FileNotFoundError, match=r"no feature files \(.*\.feather"):
         find_feature_files(tmp_path)
-    (tmp_path / "x.npz").write_text("no such file")
-    with pytest.raises(OSError, match=r"x\.npz: text \('no such file'\), not a valid Made-up file"):
-        read_features(tmp_path / "x.npz")
+    (tmp_path / "x.feather").write_text("no such file")
+    with pytest.raises(OSError, match=r"x\.feather: text \('no such file'\), not a valid Made-up file"):
+        read_features(tmp_path / "x.feather")
     (tmp_path / "x.bin").write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match=r"x\.bin: neither .*Made-up \(\.npz\)"):
+    with pytest.raises(ValueError, match=r"x\.bin: neither .*Made-up \(\.feather\)"):
         read_features(tmp_path / "x.bin")
 
 
 def test_without_the_entry_the_same_file_is_refused(tmp_path):
-    np.savez(tmp_path / "S1.npz", vectors=FEATURES, corners=COORDS)
-    with pytest.raises(ValueError, match=r"S1\.npz: a NumPy array, expected patch features"):
-        read_features(tmp_path / "S1.npz")
-    with pytest.raises(FileNotFoundError, match=r"\.npz files are not read: 1"):
+    write_made_up(tmp_path / "S1.feather")
+    with pytest.raises(ValueError, match=r"S1\.feather: neither HDF5"):
+        read_features(tmp_path / "S1.feather")
+    with pytest.raises(FileNotFoundError, match=r"\.feather files are not read: 1"):
         find_feature_files(tmp_path)
 
 

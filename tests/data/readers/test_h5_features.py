@@ -91,7 +91,8 @@ def test_other_layouts_say_what_they_are(write):
     for arrays, said in (
         ({"features": FEATURES[0], **places}, "a slide embedding, one vector of 4 numbers.*features_<encoder>"),
         ({"features": FEATURES[:1], **places}, "a slide embedding"),
-        ({"embeddings": FEATURES, "barcodes": np.arange(12), **places}, "'embeddings' of the spots of HEST-bench"),
+        ({"embeddings": FEATURES, "barcodes": np.arange(12), **places}, "spots of an assay .HEST-bench.*pass mpp"),
+        ({"img": np.zeros((12, 4, 4, 3), "u1"), "barcode": np.arange(12), **places}, "images of patches.*'embeddings'"),
         ({"embeddings": FEATURES, **places}, "rename it to 'features'"),
         (places, "it holds coordinates; pass the file of the features extracted there"),
         ({"features": FEATURES, "coords": np.tile(CELLS, 2)}, "expected two numbers, x and y"),

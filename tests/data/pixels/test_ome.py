@@ -1,6 +1,6 @@
 """OME-XML of well-formed and of other files."""
 
-from pathflip_jax.data.readers.ome import Ome, read_ome
+from pathflip_jax.data.pixels.ome import Ome, read_ome
 
 HEAD = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pathflip_jax.convert import torch_archive
-from pathflip_jax.convert.torch_archive import read_archive
+from pathflip_jax.data.readers import torch_archive
+from pathflip_jax.data.readers.torch_archive import read_archive
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -113,7 +113,7 @@ def test_options_of_a_training_script_do_no_harm(saved):
 def test_torch_is_not_imported(saved):
     path = saved({"x": torch.arange(4.0)})
     code = (
-        "import sys; from pathlib import Path; from pathflip_jax.convert.torch_archive import read_archive; "
+        "import sys; from pathlib import Path; from pathflip_jax.data.readers.torch_archive import read_archive; "
         "print(read_archive(Path(sys.argv[1]))['x'].tolist(), 'torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout

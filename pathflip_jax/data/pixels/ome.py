@@ -14,6 +14,7 @@ class Ome(NamedTuple):
     """Image of an OME-TIFF: um per pixel in x and y (0: not given), objective power (0: not given), and channels.
 
     `samples` holds the samples per pixel of each channel: one channel of 3 is RGB, three of 1 are separate planes.
+    `bits` is the number of bits of a value that the camera filled (0: not given).
     """
 
     across: float
@@ -21,6 +22,7 @@ class Ome(NamedTuple):
     power: float
     names: tuple[str, ...]
     samples: tuple[int, ...]
+    bits: int = 0
 
 
 def read_ome(description: str, width: int, height: int) -> Ome | None:
@@ -46,6 +48,7 @@ def read_ome(description: str, width: int, height: int) -> Ome | None:
             powers.get(used.get("ID", ""), 0.0) if used is not None else 0.0,
             tuple(channel.get("Name", "") for channel in channels),
             tuple(int(_number(channel.get("SamplesPerPixel"))) or 1 for channel in channels),
+            int(_number(pixels.get("SignificantBits"))),
         )
     return None
 
