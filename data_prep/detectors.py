@@ -14,6 +14,7 @@ from jaxtyping import Bool, UInt8
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from data_prep.detector_names import EMBEDDED
 from data_prep.given_masks import read_given_mask
 from data_prep.slides import Slide
 from data_prep.tissue_mask import (
@@ -29,7 +30,6 @@ from data_prep.tissue_mask import (
     without_specks,
 )
 
-EMBEDDED = "embedded"
 EIGHT = np.ones((3, 3), bool)  # OpenCV's outlines join pixels that touch at a corner
 # CLAM (create_patches_fp.py without --preset): saturation of 8 bits, and areas in patches of 512 x 512 level-0 pixels.
 _CLAM_LEVEL, _CLAM_BLUR, _CLAM_SATURATION, _CLAM_CLOSE = 64.0, 7, 8, 4

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.detectors import DETECTORS, EMBEDDED
+from data_prep.detector_names import DETECTORS, EMBEDDED
 from data_prep.slide_table import SANE_MPP
 from pathflip_jax.data.pixels.reader_names import READERS
 from pathflip_jax.data.records.columns import DTYPES
@@ -57,7 +57,7 @@ class PrepareSettings(RecordsSettings):
 
     `assume_mpp` is for slides without a stated level-0 resolution; `min_tissue` is the tissue fraction of a patch;
     `keep_ink` keeps pen as tissue, for stains that resemble it; `half` lets networks compute in half precision.
-    `tissue` is a name of `DETECTORS`, and `tissue_from` a folder of masks made elsewhere (`given_masks`), for slides
+    `tissue` is one of `DETECTORS`, and `tissue_from` a folder of masks made elsewhere (`given_masks`), for slides
     without which a given detector is used; None for both is the built-in detector. `holes_um2` and `smallest_um2` are
     the largest hole filled and the smallest piece kept (`TissueSettings`). `sheet` is a PNG or PDF of all masks.
     `weights` are those of a registered encoder (None: from the Hugging Face hub), `batch_size` its number of patches

@@ -8,7 +8,8 @@ function of (seed, slide number), so the files are identical byte for byte whate
 run makes only what is missing.
 
     OUT/<slide_id>.tiff                 OUT/outlines/<slide_id>.geojson   outlines as QuPath writes them
-    OUT/slides.csv                      slide_id, patient_id, label, split, width, height, mpp
+    OUT/slides.csv                      slide_id, patient_id, label, split, width, height, mpp, and for survival and
+                                        regression: age, stage, os_months, os_event, immune_score
     OUT/reports.jsonl                   slide_id, case_id, caption, concepts
     OUT/prompts.json, grounding.json    texts for zero-shot classification and for grounding
     OUT/questions.json                  multiple choice about each slide, as conversations of SlideInstruct
@@ -31,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data_prep import outcomes
 from data_prep.layout import CONCEPTS, TUMORS, Layout, plan, rings
 from data_prep.reports import (
     case_facts,
@@ -43,6 +45,8 @@ from data_prep.reports import (
 from data_prep.slide_image import MPP, render, write_slide
 
 EDITION = 5  # increment when the same seed gives other slides, so that old and new are never mixed in one folder
+_COLUMNS = ["slide_id", "patient_id", "label", "split", "width", "height", "mpp"]
+_COLUMNS += ["age", "stage", "os_months", "os_event", "immune_score"]
 _COLORS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
@@ -82,8 +86,7 @@ def generate(
     claim_folder(out, {"edition": EDITION, "slides": slides, "seed": seed, "size": size})
 
     cohort = _patients(slides, seed)
-    tables = all((out / name).exists() for name in ("slides.csv", "concepts.json", "questions.json"))
-    if tables and all(_finished(out, slide) for slide in cohort):
+    if _has_tables(out) and all(_finished(out, slide) for slide in cohort):
         return out
     jobs = [(str(out), slide, seed, size) for slide in cohort]
     rows: dict[int, dict] = {}
@@ -144,6 +147,13 @@ def _patients(slides: int, seed: int) -> list[_Slide]:
     return roster
 
 
+def _has_tables(out: Path) -> bool:
+    """Whether the tables of this version are there; an earlier one wrote fewer, and fewer columns."""
+    if not all((out / name).exists() for name in ("slides.csv", "concepts.json", "questions.json")):
+        return False
+    return (out / "slides.csv").read_text(encoding="utf-8").startswith(",".join(_COLUMNS) + "\n")
+
+
 def _finished(out: Path, slide: _Slide) -> bool:
     return (out / f"{slide.slide_id}.tiff").exists() and (out / "outlines" / f"{slide.slide_id}.geojson").exists()
 
@@ -169,6 +179,11 @@ def _make_slide(out: str, slide: _Slide, seed: int, size: int) -> dict:
         "mpp": MPP,
         "caption": caption,
         "concepts": list(layout.extent),
+        "extent": layout.extent,
+        "case": case,
+        # Draws of their own, so that outcomes change nothing else; the first is the same for all slides of a patient.
+        "survival_seed": [seed, 5, slide.patient],
+        "immune_score": outcomes.immune_score(np.random.default_rng([seed, 6, slide.number]), layout.extent),
     }
 
 
@@ -212,11 +227,23 @@ def _write_tables(out: Path, rows: list[dict]) -> None:
     _write(out / "questions.json", json.dumps(asked, indent=1))
     _write(out / "concepts.json", json.dumps(concept_phrasings(), indent=1))
     table = io.StringIO()
-    columns = ["slide_id", "patient_id", "label", "split", "width", "height", "mpp"]
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(table, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(_with_survival(rows))
     _write(out / "slides.csv", table.getvalue())  # last: its presence marks the cohort as complete
+
+
+def _with_survival(rows: list[dict]) -> list[dict]:
+    """The rows with age, stage and survival of their patients."""
+    extents: dict[str, list[dict]] = {}
+    for row in rows:
+        extents.setdefault(row["patient_id"], []).append(row["extent"])
+    found = []
+    for row in rows:
+        rng, case = np.random.default_rng(row["survival_seed"]), row["case"]
+        known = outcomes.survival(rng, extents[row["patient_id"]], case)
+        found.append(row | known | {"age": case["age"], "stage": case["t"]})
+    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border o
 _BRIGHT, _GREY = 150, 3  # glass is brighter in all channels; a grey picture's channels differ by less
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
 _LOOK_UM, _LOOK_WIDE_UM = 1.5, 24.0  # the finest detail considered, and the radius around a point
-_HALO_PX = 2  # width of the rim around tissue that blur and threshold add
+_RIM_PX, _RIM_SHARE = 2, 0.25  # width of the blurred rim of tissue, and share of the tissue's saturation at its end
 _THUMBNAIL = 1024  # most pixels of a thumbnail along its longer edge
 _CHEAP = 1 << 26  # pixels of a level that may be read for a thumbnail alone
 SMALLEST_UM2, HOLES_UM2 = 300.0, 20_000.0  # the smallest piece kept, and the largest hole filled
@@ -71,7 +71,7 @@ def tissue_mask(
     saturation = ndimage.gaussian_filter(saturation, 1.0, output=saturation)
     apart = ~ndimage.binary_dilation(ink, iterations=4) if ink.any() else ~ink  # strokes have pale rims
     mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
-    mask = _without_halo(mask, saturation)
+    mask = _without_faint_rim(mask, saturation)
     area = (downsample * slide.mpp) ** 2
     mask = without_specks(mask, smallest_piece / area)
     # A stroke over fat must not open fat cells.
@@ -180,19 +180,20 @@ def _stain_threshold(saturation: np.ndarray) -> float:
     return float(np.clip(threshold, _GLASS, _STAINED))
 
 
-def _without_halo(mask: Bool[np.ndarray, "h w"], saturation: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """Mask that ends where saturation has fallen halfway from the tissue beside it to that of glass.
+def _without_faint_rim(mask: Bool[np.ndarray, "h w"], saturation: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Mask that ends where saturation has fallen to a quarter of that of the tissue beside it, measured from glass.
 
     The threshold is that of pale tissue, which the blurred rim of strongly stained tissue exceeds on glass.
     """
     if mask.all() or not mask.any():
         return mask
     glass = float(np.median(saturation[~mask]))
-    halfway = ndimage.maximum_filter(saturation, 2 * _HALO_PX + 1)
-    halfway += glass
-    halfway /= 2
-    rim = mask & ~ndimage.binary_erosion(mask, iterations=_HALO_PX, border_value=1)
-    return mask & ~(rim & (saturation < halfway))
+    faint = ndimage.maximum_filter(saturation, 2 * _RIM_PX + 1)
+    faint -= glass
+    faint *= _RIM_SHARE
+    faint += glass
+    rim = mask & ~ndimage.binary_erosion(mask, iterations=_RIM_PX, border_value=1)
+    return mask & ~(rim & (saturation < faint))
 
 
 def without_specks(mask: Bool[np.ndarray, "h w"], pixels: float) -> Bool[np.ndarray, "h w"]:

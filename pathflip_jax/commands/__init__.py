@@ -13,12 +13,12 @@ COMMANDS = {
     "doctor": "check versions, devices, memory, data and configs, and name the cure for each fault",
     "encoders": "list the registered patch encoders, or check a file or folder of weights",
     "prepare": "encode slides into records of patch features",
-    "import": "turn feature files of other tools into records",
+    "import": "turn feature files of CLAM, TRIDENT, LazySlide, slideflow and other tools into records",
     "split": "split a slide table by patient, balanced over labels and sites, or check an existing split",
     "vocabulary": "train a small WordPiece vocabulary on reports, for use without a BERT folder",
     "train": "train a model; options are settings of the config",
     "goodput": "report where the time of a run went, and how often to save",
-    "evaluate": "score a trained model: retrieval, zero-shot and few-shot classification, grounding; captions "
+    "evaluate": "score a trained model: retrieval, classification, survival, regression, grounding; captions "
     "and answers",
     "compare": "compare evaluations of the same slides: paired differences to the first, with p-values",
     "ground": "map where on a slide a text matches",
@@ -28,6 +28,7 @@ COMMANDS = {
     "ask": "answer a question about a slide with a trained language model",
     "embed": "embed every slide of a folder into one Parquet or AnnData file",
     "convert": "turn PyTorch weights (of a released model, or written by `pathflip export`) into a run folder",
+    "push": "publish a run with its model card on the Hugging Face hub, private unless you say otherwise",
     "export": "export a trained model for PyTorch, transformers or PEFT, or records as feature files of TRIDENT",
 }
 _MODULES = {"import": "import_features"}  # `import` is a keyword of Python

@@ -41,6 +41,7 @@ EXTRAS = {
     "s3": ("s3fs", "s3fs", "read and write records in Amazon S3 and compatible storage, s3://"),
     "aot": ("libtpu", "libtpu", "compile for absent TPUs: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
     "encoders": ("timm", "timm", "encode patches with timm and Hugging Face vision models"),
+    "survival": ("scikit-survival", "sksurv", "score survival: pathflip evaluate --survival-time"),
     "viewer": ("starlette", "starlette", "show slides in a browser: pathflip serve"),
     "profile": ("xprof", "xprof", "view the traces of `pathflip train --profile`"),
     "wandb": ("wandb", "wandb", "log to Weights & Biases (train.wandb_project)"),

@@ -61,7 +61,7 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.source.is_dir():
-        from pathflip_jax.export.from_language_export import is_language_export
+        from pathflip_jax.inference.language_export import is_language_export
 
         if is_language_export(options.source):
             return _convert_language(options)

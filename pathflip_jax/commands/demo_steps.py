@@ -6,6 +6,7 @@ two aligners are trained in parallel, each on half of the cores: a training step
 one core than on two.
 """
 
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -56,6 +57,9 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[Step]:
     evaluate += ["--min-tokens", "128", "--max-tokens", "192", "--repetition-penalty", "1.3"]
     evaluate += ["--texts", f"{cohort}/reports.jsonl", "--prompts", f"{cohort}/prompts.json"]
     evaluate += ["--grounding", f"{cohort}/grounding.json", "--outlines", f"{cohort}/outlines"]
+    evaluate += ["--regression", "immune_score", "--clinical", "age", "stage"]
+    if importlib.util.find_spec("sksurv") is not None:  # the extra `survival`, which a plain installation lacks
+        evaluate += ["--survival-time", "os_months", "--survival-event", "os_event"]
     evaluate += ["--images", str(cohort), "--split", "test", "--out", str(out)]
     slide_loss = [*train, "--config.loss.region_weight=0.0", "--workdir", str(slide_only)]
     decoder_folder = [*words, str(decoder), "--decoder", "64", "2", "--size", "800"]

@@ -16,6 +16,8 @@ def add(commands) -> None:
         _run,
         "pathflip evaluate runs/base --records records --texts reports.jsonl --slides slides.csv --out scores",
         "pathflip evaluate runs/base --records records --slides slides.csv --prompts tcga-rcc --few-shot --out scores",
+        "pathflip evaluate runs/base --records records --slides slides.csv --survival-time os_months --survival-event "
+        "os_event --clinical age stage --out scores",
         "pathflip evaluate runs/base --tasks benchmark.yaml --out scores",
         "pathflip evaluate runs/lm2 --records records --texts reports.csv --questions vqa.csv --slides slides.csv "
         "--out scores",

@@ -2,7 +2,8 @@
 
 import argparse
 
-from pathflip_jax.commands.options import FAILED_SLIDES, command, local_path, path_text, place
+from pathflip_jax.commands import FAILED_SLIDES
+from pathflip_jax.commands.options import add_export_options, command, local_path, place
 
 
 def add(commands) -> None:
@@ -27,36 +28,8 @@ def add(commands) -> None:
         "whole decoder; peft: the adapter of a language run; trident: the features of records, an h5 file per slide, "
         "for all that read TRIDENT's files: CLAM, Patho-Bench, MIL-Lab, LazySlide",
     )
-    parser.add_argument(
-        "--which", choices=["best", "latest"], default="best", help="checkpoint to export (default best)"
-    )
     parser.add_argument("--pt", action="store_true", help="also write model.pt, for code that cannot read safetensors")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "float16"],
-        default="float32",
-        help="type of the weights written (default float32); float16 halves the files of an alignment run",
-    )
-    parser.add_argument(
-        "--scores",
-        type=local_path,
-        metavar="DIR",
-        help="with --to huggingface: folder of the evaluation whose scores the model card shows",
-    )
-    parser.add_argument(
-        "--encoder-licence",
-        metavar="TEXT",
-        help="with --to huggingface: licence of the patch encoder, if pathflip does not know it",
-    )
-    parser.add_argument(
-        "--about",
-        type=local_path,
-        metavar="FILE",
-        help="with --to huggingface: Markdown for the model card about the training data: patients, scanners, licence",
-    )
-    for part in ("decoder", "aligner"):
-        help = f"for a language run: folder of its {part}, if it has moved since training"
-        parser.add_argument(f"--{part}", type=path_text, default="", metavar="FOLDER", help=help)
+    add_export_options(parser, "with --to huggingface: ")
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write")
 
 
@@ -70,19 +43,23 @@ def _run(options: argparse.Namespace) -> int:
     speaks = is_language_run(options.run_folder)
     if (options.decoder or options.aligner) and not speaks:
         raise ValueError(f"{options.run_folder}: not a run of the language stage; drop --decoder and --aligner")
-    if (options.scores or options.encoder_licence or options.about) and (options.to != "huggingface" or speaks):
-        raise ValueError(
-            "--scores, --encoder-licence and --about are for the model card of an alignment run: they need "
-            "--to huggingface"
-        )
+    if (options.scores or options.encoder_licence or options.about) and options.to != "huggingface":
+        raise ValueError("--scores, --encoder-licence and --about are for the model card of --to huggingface")
+    if options.encoder_licence and speaks:
+        raise ValueError("--encoder-licence is for an alignment run: a language run refers to that of its aligner")
     if options.dtype != "float32" and speaks:
         raise ValueError("--dtype is for an alignment run: a language run keeps the types of its decoder")
     if options.to == "peft" or (options.to == "huggingface" and speaks):
         from pathflip_jax.convert.decoder_folders import PROJECTOR
         from pathflip_jax.export.decoder import export_decoder, export_peft
 
-        write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
-        write(options.run_folder, options.out, options.which, decoder=options.decoder, aligner=options.aligner)
+        moved = {"decoder": options.decoder, "aligner": options.aligner}
+        if options.to == "peft":
+            export_peft(options.run_folder, options.out, options.which, **moved)
+        else:
+            card = {"scores": options.scores, "about": options.about}
+            export_decoder(options.run_folder, options.out, options.which, **moved, **card)
+        what = "an adapter" if options.to == "peft" else "a decoder"
         print(f"{options.out}: {what} in Hugging Face's format, {PROJECTOR} and the aligner")
     elif options.to == "huggingface":
         from pathflip_jax.export.huggingface import export_huggingface

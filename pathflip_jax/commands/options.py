@@ -27,7 +27,9 @@ from pathflip_jax.inference.families import method_help
 from pathflip_jax.runs import bundled
 from pathflip_jax.runs.bounds import OPTIONS
 
-RUN_HELP = "run folder" + "".join(f", or {name}, which comes with the package" for name in bundled.names())
+RUN_HELP = "run folder, hf://OWNER/NAME[@REVISION] on the Hugging Face hub" + "".join(
+    f", or {name}, which comes with the package" for name in bundled.names()
+)
 
 
 def command(commands, name: str, run, *examples: str) -> argparse.ArgumentParser:
@@ -106,6 +108,39 @@ def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Opti
             more["type"] = number(name) if option.kind == NUMBER else types[option.kind]
         help_text = option.help.replace("%", "%%")
         groups[option.group].add_argument(f"--{name}", default=argparse.SUPPRESS, help=help_text, **more)
+
+
+def add_export_options(parser: argparse.ArgumentParser, condition: str = "") -> None:
+    """Add the options for the weights and the model card of an export; `condition` begins the help of the card's."""
+    parser.add_argument(
+        "--which", choices=["best", "latest"], default="best", help="checkpoint to export (default best)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16"],
+        default="float32",
+        help="type of the weights written (default float32); float16 halves the files of an alignment run",
+    )
+    parser.add_argument(
+        "--scores",
+        type=local_path,
+        metavar="DIR",
+        help=f"{condition}folder of the evaluation whose scores the model card shows",
+    )
+    parser.add_argument(
+        "--encoder-licence",
+        metavar="TEXT",
+        help=f"{condition}licence of the patch encoder, if pathflip does not know it",
+    )
+    parser.add_argument(
+        "--about",
+        type=local_path,
+        metavar="FILE",
+        help=f"{condition}Markdown for the model card about the training data: patients, scanners, licence",
+    )
+    for part in ("decoder", "aligner"):
+        help = f"for a language run: folder of its {part}, if it has moved since training"
+        parser.add_argument(f"--{part}", type=path_text, default="", metavar="FOLDER", help=help)
 
 
 def add_records_options(parser: argparse.ArgumentParser) -> None:

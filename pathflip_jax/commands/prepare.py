@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.detector_names import DETECTORS
 from pathflip_jax.commands.options import (
     add_records_options,
     beam_examples,
@@ -61,7 +62,7 @@ def _add_tissue_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for tissue masks: their detector or origin, their areas, and their review."""
     parser.add_argument(
         "--tissue",
-        choices=("embedded", "otsu", "clam", "lazyslide"),
+        choices=DETECTORS,
         help="tissue detector: embedded (built in, default), or otsu, clam and lazyslide as those tools find tissue by "
         "default; with --tissue-from, for slides without a mask there",
     )

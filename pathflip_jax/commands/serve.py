@@ -66,7 +66,10 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         help="file written by `pathflip embed`, so that search covers all slides from the start",
     )
     parser.add_argument(
-        "--language", type=local_path, metavar="RUN", help="run folder of the language stage, for reports and answers"
+        "--language",
+        type=place,
+        metavar="RUN",
+        help="run folder of the language stage, or hf://OWNER/NAME, for reports and answers",
     )
     parser.add_argument(
         "--decoder", type=path_text, default="", metavar="FOLDER", help="folder of its decoder, if it has moved"

@@ -116,7 +116,11 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
     add_source_options(parser)
     add_fact_options(parser)
     parser.add_argument(
-        "--checkpoint", type=local_path, required=True, metavar="RUN", help="run folder of the language stage"
+        "--checkpoint",
+        type=place,
+        required=True,
+        metavar="RUN",
+        help="run folder of the language stage, or hf://OWNER/NAME, a repository on the Hugging Face hub",
     )
     parser.add_argument(
         "--decoder", type=path_text, default="", metavar="FOLDER", help="folder of the decoder, if it has moved"

@@ -5,6 +5,7 @@ model is a set of files with an index from tensor to file. They are read by slic
 no model needs to fit into host memory.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -181,3 +182,19 @@ def write_model(
         write_tensors(folder / file, {name: shapes[name] for name in held}, value)
         where |= dict.fromkeys(held, file)
     write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+
+def weights_hash(folder: str | Path) -> str:
+    """Hash of a decoder's folder: of config.json, and of name, size and header of each weights file.
+
+    Weights of equal shape saved over each other differ only in tensor values, so the start and the end of each file are
+    hashed too, without reading gigabytes.
+    """
+    found = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {path.stat().st_size}".encode())
+            found.update(file.read(2**20))
+            file.seek(max(path.stat().st_size - 2**20, 0))
+            found.update(file.read())
+    return found.hexdigest()

@@ -18,6 +18,7 @@ from pathflip_jax.model.versions import UnknownSettings, before
 
 SECTION = "pathflip_jax"
 CONFIG, BERT = "config.json", "bert"
+ALIGNER, LANGUAGE = "aligner", "pathflip_language.json"  # of a language run: the aligner's export, and its description
 REGION_TOP_K = "region_top_k"  # name of our `top_k` in transformers folders, which have a generation setting `top_k`
 NAMED = {"data": ("records", "texts", "slides", "tokenizer", "embeddings")}
 PLACES = {"model": ("bert",), "train": ("checkpoints", "wandb_project"), "lm": ("aligner", "decoder", "start")}

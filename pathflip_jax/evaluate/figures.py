@@ -9,10 +9,13 @@ INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
 MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"
 
 
-def make_axes(width: float, height: float, columns: int = 1):
-    """A figure of `width` by `height` inches with a row of axes, in the colours of the project's pages."""
+def make_axes(width: float, height: float, columns: int = 1, heights: Sequence[float] = (1,)):
+    """A figure of `width` by `height` inches in the colours of the project's pages, and its axes, row by row.
+
+    There is one row of axes for each relative height.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(MUTED)

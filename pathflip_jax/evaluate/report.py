@@ -10,6 +10,7 @@ import math
 import platform
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pathflip_jax.evaluate.tasks import TASKS
 from pathflip_jax.evaluate.units import METRICS
 
 PACKAGES = ("pathflip-jax", "jax", "flax", "numpy", "scikit-learn", "openslide-python")
+OPTIONAL = ("scikit-survival",)
 
 
 def versions() -> dict[str, str]:
@@ -35,6 +37,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed as a package"
+    for name in OPTIONAL:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     devices = jax.devices()
     return found | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
 

@@ -60,6 +60,7 @@ def _place_language_run(spec: EvaluationSpec) -> EvaluationSpec:
         raise ValueError("no run to score: pass one or more run folders")
     if is_language_run(runs[0]):
         aligned = (spec.language, spec.prompts, spec.grounding, spec.region_texts, spec.few_shot)
+        aligned += (spec.survival_time, spec.regression or None)
         if len(runs) > 1 or others or any(given is not None for given in aligned):
             raise ValueError(
                 f"{runs[0]}: a run of the language stage, which can be scored only on texts and questions; to score it "

@@ -21,6 +21,8 @@ from pathflip_jax.runs.bounds import OPTIONS
 Place = str | os.PathLike  # a path, or a URL where the field's kind is PLACE
 PLACE, FILE, PROMPTS, TEXT, NUMBER, FLAG = "place", "file", "prompts", "text", "number", "flag"
 RETRIEVAL, CLASSES, GROUNDING, LANGUAGE = "retrieval", "zero-shot and few-shot classification", "grounding", "language"
+OUTCOMES = "survival and regression"
+TIME_UNITS = {"days": 365.25, "weeks": 365.25 / 7, "months": 12.0, "years": 1.0}  # of a survival time, per year
 
 
 class Option(NamedTuple):
@@ -51,8 +53,9 @@ class EvaluationSpec:
     """The inputs and options of an evaluation, and the folder of its results.
 
     `run` is a run folder, several (seeds of one experiment, scored as their mean) or a run of the language stage to be
-    scored alone. A task is scored if its input is given: `texts`, `region_texts`, `prompts`, `few_shot`, `grounding`
-    with `outlines`, or `language`. Raises ValueError for numbers out of bounds and unknown choices.
+    scored alone. A task is scored if its input is given: `texts`, `region_texts`, `prompts`, `few_shot`,
+    `survival_time` with `survival_event`, `regression`, `grounding` with `outlines`, or `language`. Raises ValueError
+    for numbers out of bounds and unknown choices.
     """
 
     run: Place | Sequence[Place]
@@ -99,9 +102,35 @@ class EvaluationSpec:
         ("label",), TEXT, "label columns for --few-shot (default label)", "COLUMN", many="+", group=CLASSES
     )
     label_table: Place | None = _option(
-        None, PLACE, "table of these columns (for example mutations), by slide_id or patient_id", "CSV", group=CLASSES
-    )
+        None, PLACE, "table of label, survival, clinical and regression columns, by slide_id or patient_id", "CSV",
+        group=CLASSES,
+    )  # fmt: skip
     draws: int = _option(5, NUMBER, "draws of training slides for every K (default 5)", "N", group=CLASSES)
+    survival_time: str | None = _option(
+        None, TEXT, "column of times to event or last follow-up, as os_months: scores survival", "COLUMN",
+        group=OUTCOMES,
+    )  # fmt: skip
+    survival_event: str | None = _option(
+        None, TEXT, "column that is 1, true or 1:DECEASED for an event, 0, false or 0:LIVING for a censored time",
+        "COLUMN", group=OUTCOMES,
+    )  # fmt: skip
+    survival_unit: str | None = _option(
+        None,
+        TEXT,
+        "unit of the times, if the column's name does not end in it",
+        choices=tuple(TIME_UNITS),
+        group=OUTCOMES,
+    )
+    survival_strata: str | None = _option(
+        None, TEXT, "column of strata, such as site: patients are compared only within one", "COLUMN", group=OUTCOMES
+    )
+    regression: Sequence[str] | None = _option(
+        None, TEXT, "columns of numbers to predict", "COLUMN", many="+", group=OUTCOMES
+    )
+    clinical: Sequence[str] | None = _option(
+        None, TEXT, "clinical columns, such as age stage sex: a baseline of survival and regression without slides",
+        "COLUMN", many="+", group=OUTCOMES,
+    )  # fmt: skip
     grounding: Place | None = _option(None, FILE, "texts of each concept: scores grounding", "JSON", group=GROUNDING)
     outlines: Place | None = _option(None, FILE, "annotated outlines, <slide_id>.geojson", "DIR", group=GROUNDING)
     method: str | None = _option(None, TEXT, method_help(), choices=tuple(METHODS), group=GROUNDING)

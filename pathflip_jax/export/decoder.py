@@ -13,21 +13,24 @@ import numpy as np
 
 from pathflip_jax.convert.decoder import save_decoder
 from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, write_tensors
-from pathflip_jax.convert.exported import without_paths
+from pathflip_jax.convert.exported import ALIGNER, LANGUAGE, without_paths
 from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.storage.atomic_folders import atomic_folder
+from pathflip_jax.export.huggingface import read_about
+from pathflip_jax.export.language_card import language_card, read_language_scores
 from pathflip_jax.export.pytorch import write_export
-from pathflip_jax.inference.language_run import assemble, split_names
+from pathflip_jax.inference.language_export import is_language_export
+from pathflip_jax.inference.language_run import assemble
 from pathflip_jax.inference.load import load
-from pathflip_jax.llm.adapter import SlideLanguageModel
+from pathflip_jax.llm.adapter import SlideLanguageModel, split_names
 from pathflip_jax.llm.prompts import stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs import files
+from pathflip_jax.runs.places import find_run
 
-ALIGNER, ABOUT = "aligner", "pathflip_language.json"
 GENERATION = "generation_config.json"
 
 
@@ -37,6 +40,7 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
     The folder is written atomically. Raises ValueError for a run that trained no adapter, or more of its decoder than
     the adapter.
     """
+    _refuse_export(run)
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
     trains = split_names(config["lm"]["trains"])
     if model.decoder.lora is None or "decoder" in trains:
@@ -50,13 +54,33 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
 
 
 def export_decoder(
-    run: str | Path, out: str | Path, which: str = "best", *, decoder: str = "", aligner: str = ""
+    run: str | Path,
+    out: str | Path,
+    which: str = "best",
+    *,
+    decoder: str = "",
+    aligner: str = "",
+    scores: str | Path | None = None,
+    about: str | Path | None = None,
 ) -> None:
-    """Write the decoder of a run, its adapter merged in, as a folder for transformers; otherwise as `export_peft`."""
+    """Write the decoder of a run, its adapter merged in, as a folder for transformers; otherwise as `export_peft`.
+
+    Its model card shows the `scores` of an evaluation of this run, and the text `about` the training data, each as
+    `export_huggingface` takes them.
+    """
+    _refuse_export(run)
+    found = None if scores is None else read_language_scores(scores, run)
+    described = None if about is None else read_about(about)
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
     with atomic_folder(out) as part:
         save_decoder(model.decoder, part, source=decoder or config["lm"]["decoder"])
         _complete(part, run, model, config, tokenizer, aligner)
+        (part / "README.md").write_text(language_card(config, found, described), encoding="utf-8")
+
+
+def _refuse_export(run: str | Path) -> None:
+    if is_language_export(home := find_run(run)):
+        raise ValueError(f"{run}: an export already; copy {home}, or make it a run with `pathflip convert` first")
 
 
 def _complete(
@@ -70,7 +94,7 @@ def _complete(
     write_generation(part, tokenizer, config["data"]["template"])
     about = {"version": this_version(), "settings": without_paths(config)}
     shape = json_files.read_json(files.run_folder(run) / files.MODEL)
-    json_files.write_json(part / ABOUT, about | {"shape": shape})
+    json_files.write_json(part / LANGUAGE, about | {"shape": shape})
 
 
 def write_generation(folder: Path, tokenizer: DecoderTokenizer, template: str) -> None:

@@ -15,13 +15,13 @@ from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.data.readers.feature_recipe import FeatureRecipe, patch_words
 from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.export.families import export_of
 from pathflip_jax.export.pytorch import copy_code, merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
+from pathflip_jax.inference.load import load
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import family_of
-from pathflip_jax.runs.folder import load_run
 from pathflip_jax.vision.recipes import find_recipe
 
 CARD = "model_card.md"
@@ -55,10 +55,10 @@ def export_huggingface(
     found = None if scores is None else read_scores(scores, run)
     described = None if about is None else read_about(about)
     with atomic_folder(out) as part:
-        model, settings, tokenizer = load_run(run, which)
-        write_huggingface(part, model, settings, tokenizer, dtype)
+        loaded = load(run, which)
+        write_huggingface(part, loaded.model, loaded.config, loaded.tokenizer, dtype)
         (part / "README.md").write_text(
-            card(model.config, settings, found, encoder_licence, described), encoding="utf-8"
+            card(loaded.model.config, loaded.config, found, encoder_licence, described), encoding="utf-8"
         )
         if found is not None:
             kept = {key: value for key, value in found.items() if key not in LEFT_OUT}
@@ -97,17 +97,22 @@ def _tokenizer_config(folder: Path, settings: dict, config: ModelConfig) -> dict
     return there | words | named | {"model_max_length": caption_length(config, settings)}
 
 
-def read_scores(folder: str | Path, run: str | Path) -> dict:
-    """Read the scores.json of an evaluation. Raises ValueError where it belongs to another run."""
+def read_score_file(folder: str | Path) -> tuple[Path, dict]:
+    """Path and content of the scores.json of an evaluation, the folder or the file. Raises OSError or ValueError."""
     path = Path(folder)
     path = path / "scores.json" if path.is_dir() else path
     try:
-        scores = parse_json(path.read_text(encoding="utf-8"))
+        return path, json_object(path, path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; give the --out of `pathflip evaluate`") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; run `pathflip evaluate` again") from error
-    names = [PurePosixPath(name).name for name in scores.get("runs", [])] if isinstance(scores, dict) else []
+        raise ValueError(f"{error}; run `pathflip evaluate` again") from error
+
+
+def read_scores(folder: str | Path, run: str | Path) -> dict:
+    """Read the scores.json of an evaluation. Raises ValueError where it belongs to another run."""
+    path, scores = read_score_file(folder)
+    names = [PurePosixPath(name).name for name in scores.get("runs", [])]
     if names != [Path(run).name]:
         raise ValueError(
             f"{path}: scores of {', '.join(names) or 'no run'}, not of {Path(run).name} alone; evaluate this run"

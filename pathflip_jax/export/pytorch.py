@@ -53,10 +53,11 @@ def export(
     Weights are model.safetensors of `dtype`, with `pt` (needs torch) also model.pt. The folder is written atomically;
     FileExistsError for an existing folder that is not empty, ValueError for weights out of the range of float16.
     """
-    from pathflip_jax.runs.folder import load_run  # late import: writing weights alone needs no Orbax
+    from pathflip_jax.inference.load import load  # late import: writing weights alone needs no Orbax
 
     with atomic_folder(out) as part:
-        write_export(part, *load_run(run, which), pt=pt, dtype=dtype)
+        found = load(run, which)
+        write_export(part, found.model, found.config, found.tokenizer, pt=pt, dtype=dtype)
 
 
 def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = False, dtype: str = "float32") -> None:

@@ -13,8 +13,8 @@ from pathflip_jax.data.readers import guarded
 from pathflip_jax.grounding.canvas import SLIDE_PIXELS
 from pathflip_jax.grounding.pictures import FAST_PNG, short_name, write_atomically
 
-PIXELS = 256  # pixels of an image's edge
 TOP = 8  # best patches of a text
+PIXELS = 256  # pixels of an image's edge
 
 
 class TopPatches(NamedTuple):

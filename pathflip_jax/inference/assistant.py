@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.convert.exported import LANGUAGE
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.data.texts.conversations import DESCRIBE, Turn
@@ -27,6 +28,7 @@ from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.serving import ServingDecoder, fuse_for_decoding
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.runs.files import CONFIG, run_folder
+from pathflip_jax.runs.places import find_run
 from pathflip_jax.runtime.buckets import bucket
 
 Rows = Float[np.ndarray, "n D"]
@@ -135,9 +137,9 @@ def _batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[
 
 
 def is_language_run(folder: str | Path) -> bool:
-    """Whether a folder is a run of the language stage; False for a folder that is not a run."""
-    home = run_folder(folder)
-    return (home / CONFIG).exists() and "lm" in read_json(home / CONFIG)
+    """Whether a run is one of the language stage, or an export of one; False for a folder that is not a run."""
+    home = run_folder(find_run(folder))
+    return (home / LANGUAGE).exists() or ((home / CONFIG).exists() and "lm" in read_json(home / CONFIG))
 
 
 def load_assistant(

@@ -4,7 +4,6 @@ A run folder of this stage holds the trained parameters (projector, LoRA, ...), 
 of the two sources, from which frozen parameters are read again.
 """
 
-import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,17 @@ import jax
 import numpy as np
 
 from pathflip_jax.convert.decoder import load_decoder
-from pathflip_jax.convert.decoder_folders import PROJECTOR
+from pathflip_jax.convert.decoder_folders import PROJECTOR, weights_hash
+from pathflip_jax.convert.exported import ALIGNER
 from pathflip_jax.convert.lora import load_peft
 from pathflip_jax.convert.versions import refusal, signed, version_of
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.storage.files import as_path, make_folder
 from pathflip_jax.inference.embed import checkpoint_hash
+from pathflip_jax.inference.language_export import is_language_export, read_language_export
 from pathflip_jax.inference.load import load
-from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained
+from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, split_names
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
@@ -32,6 +33,7 @@ from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.runs import files
 from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.runs.checksums import content_hash
+from pathflip_jax.runs.places import find_run
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
     Raises FileNotFoundError and ValueError for any other folder, and for `records` (called `where`) of features that it
     was not trained on.
     """
-    if "lm" in json_files.read_json(files.run_folder(folder) / files.CONFIG):
+    home = files.run_folder(find_run(folder))
+    if "lm" in json_files.read_json(home / files.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; pass the alignment run that it builds on")
     predictor = load(folder)
     if predictor.patchwise:
@@ -77,6 +80,7 @@ def read_initial_parameters(folder: str, decoder: str, aligner_hash: str, decode
 
     Raises ValueError where it was trained on another aligner or decoder.
     """
+    folder = str(find_run(folder))
     if (Path(folder) / "adapter_config.json").is_file():
         flat, lora = load_peft(folder, decoder)
         if (Path(folder) / PROJECTOR).is_file():
@@ -125,14 +129,41 @@ def assemble(
 ) -> tuple[SlideLanguageModel, dict, DecoderTokenizer]:
     """Assemble (model, config, tokenizer) of a run of the language stage from its trained parameters and its sources.
 
-    `decoder` and `aligner` name those folders if they have moved; `dtype` is that of the decoder's weights and of
-    computation. Raises ValueError where a source's weights have changed.
+    The run may be a folder, an export of one, or either on the hub (`runs/places.py`). `decoder` and `aligner` name
+    those folders if they have moved; `dtype` is that of the decoder's weights and of computation. Raises ValueError
+    where a source's weights have changed.
     """
-    shape, config, trained = read_trained(folder, which)
-    lm = config["lm"]
-    shape = shape._replace(decoder=replace(shape.decoder, remat=False))
+    home = find_run(folder)
+    read = _read_export if is_language_export(home) else _read_run
+    parts = read(home, which, decoder, aligner)
+    shape = parts.shape._replace(decoder=replace(parts.shape.decoder, remat=False))
     if dtype:
         shape = shape._replace(dtype=dtype, decoder=replace(shape.decoder, compute_dtype=dtype))
+    params = {f"aligner/{name}": x for name, x in parts.aligner.items()}
+    if not parts.config["lm"]["random_decoder"]:
+        loaded = load_decoder(parts.decoder, dtype=shape.dtype, compute_dtype=shape.decoder.compute_dtype)
+        params |= {f"decoder/{name}": x for name, x in flatten(loaded).items()}
+    params |= parts.trained
+    if dtype:
+        stored = {name: x.astype(dtype) for name, x in params.items() if name.startswith("decoder/")}
+        params |= {name: x for name, x in stored.items() if "/lora/" not in name}
+    return shape.build(jax.device_put(params)), parts.config, parts.tokenizer
+
+
+class _Parts(NamedTuple):
+    """Parts of a language run: shape, settings, the aligner's and the trained parameters, decoder folder, tokenizer."""
+
+    shape: Shape
+    config: dict
+    aligner: dict[str, np.ndarray]
+    trained: dict[str, np.ndarray]
+    decoder: str | Path
+    tokenizer: DecoderTokenizer
+
+
+def _read_run(folder: str | Path, which: str | int, decoder: str, aligner: str) -> _Parts:
+    shape, config, trained = read_trained(folder, which)
+    lm = config["lm"]
     names = {"aligner": aligner or lm["aligner"], "decoder": decoder or lm["decoder"]}
     source = read_aligner(names["aligner"])
     hashes = {"aligner": source.hash, "decoder": weights_hash(names["decoder"])}
@@ -142,37 +173,21 @@ def assemble(
                 f"{folder}: was trained on another {part} than {names[part]} holds now; name the folder of the weights "
                 f"that it was trained on with --{part}"
             )
-    params = {f"aligner/{name}": x for name, x in source.params.items()}
-    if not lm["random_decoder"]:
-        loaded = load_decoder(names["decoder"], dtype=shape.dtype, compute_dtype=shape.decoder.compute_dtype)
-        params |= {f"decoder/{name}": x for name, x in flatten(loaded).items()}
-    params |= trained
-    if dtype:
-        stored = {name: x.astype(dtype) for name, x in params.items() if name.startswith("decoder/")}
-        params |= {name: x for name, x in stored.items() if "/lora/" not in name}
-    model = shape.build(jax.device_put(params))
-    return model, config, DecoderTokenizer(files.run_folder(folder) / files.TOKENIZER)
+    tokenizer = DecoderTokenizer(files.run_folder(folder) / files.TOKENIZER)
+    return _Parts(shape, config, source.params, trained, names["decoder"], tokenizer)
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Names in a comma-separated list."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def weights_hash(folder: str | Path) -> str:
-    """Hash of a decoder's folder: of config.json, and of name, size and header of each weights file.
-
-    Weights of equal shape saved over each other differ only in tensor values, so the start and the end of each file are
-    hashed too, without reading gigabytes.
-    """
-    found = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            found.update(f"{path.name} {path.stat().st_size}".encode())
-            found.update(file.read(2**20))
-            file.seek(max(path.stat().st_size - 2**20, 0))
-            found.update(file.read())
-    return found.hexdigest()
+def _read_export(folder: str | Path, which: str | int, decoder: str, aligner: str) -> _Parts:
+    if which not in ("best", "latest") or aligner:
+        given = f"--aligner {aligner}" if aligner else f"step {which}"
+        raise ValueError(f"{folder}: an export, which holds one set of weights and its aligner; leave out {given}")
+    found = read_language_export(folder, decoder or None)
+    for note in found.notes:
+        log.info("%s: %s", folder, note)
+    lm = {"aligner": str(Path(folder) / ALIGNER), "decoder": str(found.decoder), "start": ""}
+    config = found.settings | {"lm": found.settings["lm"] | lm}
+    params = jax.device_get(flatten(found.aligner.model))
+    return _Parts(found.shape, config, params, found.params, found.decoder, DecoderTokenizer(found.decoder))
 
 
 def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer: DecoderTokenizer) -> None:

@@ -2,13 +2,14 @@
 
 import logging
 
+from pathflip_jax.convert.exported import ALIGNER, LANGUAGE
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.files import as_path
 from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.inference.sources import choose, choose_one, find_sources
-from pathflip_jax.runs import bundled
 from pathflip_jax.runs.files import MODEL
+from pathflip_jax.runs.places import find_run
 
 log = logging.getLogger(__name__)
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -17,14 +18,15 @@ WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
     """Load a run folder (trained here, or made by `pathflip convert`), local or on gs://, for inference.
 
-    The name of a run that comes with the package loads that one (`runs/bundled.py`).
+    The name of a run that comes with the package loads that one (`runs/bundled.py`); `hf://OWNER/NAME@REVISION` one
+    from the Hugging Face hub, as `pathflip push` writes it.
     `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, load as the original
     run. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that it was
     trained with; `arguments` are those of the published run, where the file does not hold them; `weights` names one of
     several sets of weights in it. Settings that no file states are assumed to be the released code's defaults, and
     logged.
     """
-    name, path = str(path), bundled.find(path)
+    name, path = str(path), find_run(path)
     if as_path(path).suffix in WEIGHTS or _is_export(path):
         from pathflip_jax.convert.released import load_released
 
@@ -35,6 +37,11 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
     else:
         from pathflip_jax.runs.folder import load_run  # with Orbax, which takes 0.3 s: exports need none
 
+        if not is_url(path) and (as_path(path) / LANGUAGE).exists():
+            raise ValueError(
+                f"{name}: an export of a language run, for `pathflip caption` and `pathflip ask`; expected an "
+                f"alignment run, such as the one that embeds its slides, in its folder {ALIGNER}/"
+            )
         model, config, tokenizer = load_run(path, which=which)
         if bert is not None or arguments or weights:
             raise ValueError(f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights")

@@ -75,7 +75,8 @@ class SlideReader:
 
     @cached_property
     def _encoder(self) -> "SlideEncoder":
-        from data_prep.slide_encoder import SlideEncoder  # all that reads slides: not needed for those in the cache
+        # With all that reads slides, which those in the cache do not need.
+        from data_prep.slide_encoder import SlideEncoder
 
         recipe = self._run.recipe
         return SlideEncoder(self._how, recipe and replace(recipe, encoder=registry_name(recipe.encoder)))

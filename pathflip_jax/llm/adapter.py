@@ -57,6 +57,11 @@ class SlideLanguageModel(nnx.Module):
         return jnp.where((tokens < 0)[..., None], rows.astype(words.dtype), words)
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Names in a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def is_trained(trains: tuple[str, ...]) -> Callable[[str], bool]:
     """Whether the parameter of this name is trained, where `trains` names the trained `PARTS`.
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from pathflip_jax.convert.decoder import check_tokenizer, init_decoder, load_decoder
-from pathflip_jax.convert.decoder_folders import read_decoder_config
+from pathflip_jax.convert.decoder_folders import read_decoder_config, weights_hash
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.records.records import Records, manifest_hash
@@ -27,10 +27,8 @@ from pathflip_jax.inference.language_run import (
     describe_language_run,
     read_aligner,
     read_initial_parameters,
-    split_names,
-    weights_hash,
 )
-from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained
+from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, split_names
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape

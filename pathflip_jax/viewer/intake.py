@@ -132,11 +132,9 @@ class Intake:
                 self._current = None
                 if error:
                     self._states[number] = _State(error=error)
-            if not error:
-                self._encoded(number)
 
     def _encode(self, number: int) -> str:
-        """Encode a slide and give it its features; returns the error, "" for none."""
+        """Encode a slide, give it its features and announce it; returns the error, "" for none."""
         slide = self.slides[number]
 
         def report(_: str, done: int, patches: int) -> None:
@@ -148,8 +146,9 @@ class Intake:
             if not error:
                 records = Records(found.folder)
                 self.slides[number] = slide._replace(features=partial(open_slide, records, 0))
-        except (ValueError, OSError, ImportError, MemoryError) as fault:
-            error = str(fault)
+                self._encoded(number)
+        except Exception as fault:  # such as a device out of memory: the slides behind it still get their turn
+            error = str(fault) or type(fault).__name__
         if error:
             error = error.replace(str(slide.image), slide.image.name)  # the page shows no folder of this machine
             print(f"slide {slide.slide_id} is not encoded: {error}", file=sys.stderr)

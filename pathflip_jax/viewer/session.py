@@ -39,10 +39,10 @@ class Session:
         self.search, self.speaker, self.intake = search, speaker, intake
 
     def page(self) -> dict[str, Any]:
-        """Initial data of the page: the model and the table of slides."""
+        """Initial data of the page: the model, the table of slides, and whether it `grows`."""
         predictor = self.grounder.predictor
         model = model_facts(predictor, self.grounder.method) | {"language": self.speaker is not None}
-        return {"live": True, **model, **self.table()}
+        return {"live": True, "grows": self.intake is not None, **model, **self.table()}
 
     def table(self) -> dict[str, Any]:
         """Table of slides, which grows: what there is of each, and the state of its encoding."""

@@ -1,6 +1,7 @@
 """Demo: every step is a command that parses, the first failure ends it, and its lock files are complete."""
 
 import configparser
+import importlib.util
 import os
 import re
 import sys
@@ -75,10 +76,19 @@ def test_the_first_failure_ends_the_demo(failing, monkeypatch, capfd, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"][: failing - 1]
 
 
+def test_survival_is_scored_where_its_extra_is_installed(monkeypatch):
+    installed = importlib.util.find_spec("sksurv") is not None
+    assert ("--survival-time" in STEPS[-1].command) == installed and "--regression" in STEPS[-1].command
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    plain = demo_steps.steps(Path("demo"), slides=440, seed=0, workers=2)[-1].command
+    assert "--survival-time" not in plain and "--regression" in plain
+
+
 @pytest.mark.parametrize("lock", sorted(path.name for path in (ROOT / "requirements").glob("demo-*.txt")))
-def test_the_setup_of_the_demo_scores_captions_in_full(lock):
+def test_the_setup_of_the_demo_scores_captions_and_survival(lock):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    needed = re.findall(r"^([\w-]+)", setup["options.extras_require"]["language"], re.MULTILINE)
+    extras = setup["options.extras_require"]
+    needed = re.findall(r"^([\w-]+)", extras["language"] + extras["survival"], re.MULTILINE)
     locked = re.findall(r"^([\w-]+)==", (ROOT / "requirements" / lock).read_text(), re.MULTILINE)
-    assert len(needed) == 2 and set(needed) <= set(locked)
+    assert len(needed) == 3 and set(needed) <= set(locked)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import detectors
+from data_prep import detector_names, detectors
 from data_prep.build import prepare
 from data_prep.detectors import DETECTORS, TissueSettings, find_tissue
 from data_prep.settings import PrepareSettings
@@ -166,6 +166,7 @@ def test_the_command_offers_all_detectors(draw, write_tiff, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
     assert "{" + ",".join(DETECTORS) + "}" in capsys.readouterr().out
+    assert tuple(DETECTORS) == detector_names.DETECTORS
     path = write_tiff(tmp_path / "s.tif", draw(512, 512, (100, 400, 100, 400)))
     options = ["--patch-size", "64", "--workers", "1", "--tissue", "otsu", "--holes", "9", "--smallest", "4"]
     assert main(["prepare", str(path), "--out", str(tmp_path / "out"), *options]) == 0

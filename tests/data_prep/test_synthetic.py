@@ -322,3 +322,32 @@ def test_colour_alone_does_not_tell_the_concepts(tmp_path):
     votes = train[nearest.kneighbors(np.array(colours["test"]), return_distance=False)]
     scores = {name: roc_auc_score(test == i, (votes == i).mean(1)) for i, name in enumerate(CONCEPTS)}
     assert np.mean(list(scores.values())) < 0.62, scores
+
+
+def test_survival_and_scores_depend_on_concepts_and_are_the_same_for_a_patient(texts):
+    slides, reports = _facts(texts)
+    there = {report["slide_id"]: set(report["concepts"]) for report in reports}
+    patients = {row["patient_id"]: row for row in slides}
+    for row in slides:
+        other = patients[row["patient_id"]]
+        assert all(row[name] == other[name] for name in ("os_months", "os_event", "age", "stage"))
+        assert 0.1 <= float(row["os_months"]) <= 96 and row["os_event"] in ("0", "1")
+    for split in ("train", "test"):
+        own = [row for row in slides if row["split"] == split]
+        assert 0.1 < np.mean([row["os_event"] == "0" for row in own]) < 0.5  # censored
+        months, scores = (np.array([float(row[name]) for row in own]) for name in ("os_months", "immune_score"))
+        bad, good, lymphoid = (
+            np.array([concept in there[row["slide_id"]] for row in own])
+            for concept in ("necrosis", "papillary fronds", "lymphoid aggregates")
+        )
+        assert np.median(months[bad]) < np.median(months[~bad]) and np.median(months[good]) > np.median(months[~good])
+        assert scores[lymphoid].mean() > scores[~lymphoid].mean() + 8
+
+
+def test_a_table_of_an_earlier_version_is_completed_without_drawing(tmp_path, monkeypatch):
+    folder = generate(tmp_path / "cohort", 2, seed=5, workers=1, progress=False, size=SIZE)
+    before, path = _digest(folder), folder / "slides.csv"
+    path.write_text("\n".join(",".join(line.split(",")[:7]) for line in path.read_text().splitlines()) + "\n")
+    monkeypatch.setattr(synthetic, "render", lambda *_: pytest.fail("a slide was drawn again"))
+    generate(folder, 2, seed=5, workers=1, progress=False, size=SIZE)
+    assert _digest(folder) == before

@@ -102,14 +102,12 @@ def test_fluorescence_and_grey_pictures_say_what_they_are(draw, write_tiff, tmp_
         assert len(tile_slide(slide, patch_size=64).coords) >= 20
 
 
-@pytest.mark.parametrize("color", [PINK, (228, 200, 216), (90, 30, 80)], ids=["pink", "pale", "dark"])
-def test_masks_end_where_the_tissue_does(draw, write_tiff, tmp_path, color):
-    """Within half a pixel of the mask on each side: its rim is not on glass."""
-    image = draw(1024, 1024, (256, 768, 320, 704), color=color)
+def test_the_faint_rim_of_strong_stain_is_glass(write_tiff, tmp_path):
+    """Stain that fades over 48 px: the mask ends before its last trace, and loses nothing of the even part."""
+    stained = np.clip((512 + 48 - np.arange(1024)) / 48, 0, 1)[None, :, None]
+    image = (243 * (1 - stained) + np.array([90, 30, 80]) * stained).repeat(1024, 0).astype(np.uint8)
+    image[:, :64] = 243
     with open_slide(write_tiff(tmp_path / "s.tiff", image)) as slide:
-        found = tissue_mask(slide, 16, keep_ink=True)  # an even colour is one dye
-    rows, columns = np.nonzero(found.mask)
-    assert found.downsample == 16
-    ends = np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]) * 16
-    assert np.abs(ends - [256, 768, 320, 704]).max() <= 16
-    assert found.mask.sum() * 256 == pytest.approx(512 * 384, rel=0.06)
+        mask, downsample, *_ = tissue_mask(slide, 16, keep_ink=True)  # an even colour is one dye
+    columns = np.nonzero(mask.any(0))[0]
+    assert downsample == 16 and columns.min() * 16 <= 64 and 512 <= (columns.max() + 1) * 16 <= 512 + 32

@@ -27,6 +27,7 @@ split: val
 strict: true
 tasks:
   rcc: {prompts: tcga-rcc, few-shot: [1, all]}
+  os: {survival-time: OS_MONTHS, survival-event: OS_STATUS, survival-strata: site, clinical: age, regression: ki67}
   own: {split: test, prompts: prompts.json, labels: TP53, compare-to: [runs/other], clear: 0, seed: 3}
 """
     found = read_benchmark(write(tmp_path, text))
@@ -35,6 +36,9 @@ tasks:
         found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "memory://bucket/slides.csv"
     )
     assert found["rcc"] == shared | {"split": "val", "prompts": Path("tcga-rcc"), "few_shot": ("1", "all")}
+    survival = {"survival_time": "OS_MONTHS", "survival_event": "OS_STATUS", "survival_strata": "site"}
+    survival |= {"split": "val", "clinical": ("age",), "regression": ("ki67",)}
+    assert found["os"] | {"slides": ""} == shared | survival | {"slides": ""}
     assert found["own"] == shared | {
         "split": "test", "prompts": tmp_path / "prompts.json", "labels": ("TP53",), "clear": 0.0, "seed": 3,
         "compare_to": (tmp_path / "runs/other",),

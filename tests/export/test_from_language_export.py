@@ -13,8 +13,9 @@ from pathflip_jax.convert.exported import without_paths
 from pathflip_jax.convert.lora import merge
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.export.from_language_export import AlignerParts, write_language_run
-from pathflip_jax.inference.assistant import SlideAssistant
+from pathflip_jax.inference.assistant import SlideAssistant, is_language_run
 from pathflip_jax.inference.language_run import assemble
+from pathflip_jax.inference.load import load
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.shape import Shape
@@ -99,8 +100,9 @@ def settings_of(run: Path) -> dict:
 def test_an_adapter_comes_back_to_the_bit(make_run):
     run = make_run(UNTIED, "aligner,projector,lora")
     out, back = there_and_back(run, "peft")
-    (ours, _, words), (theirs, _, again) = assemble(run), assemble(back)
+    (ours, _, words), (theirs, _, again), (direct, _, _) = assemble(run), assemble(back), assemble(out)
     same(flatten(ours), flatten(theirs))
+    same(flatten(ours), flatten(direct))
     assert theirs.decoder.lora == ours.decoder.lora and words.stop_ids == again.stop_ids
     assert settings_of(run) == settings_of(back) and "/secret" not in (out / "pathflip_language.json").read_text()
 
@@ -136,6 +138,24 @@ def test_a_whole_decoder_comes_back_with_its_answers(make_run, capsys, config, t
     assert (ends.eos_token_id, ends.pad_token_id) == (list(assistants[0].stop_ids), words.pad_id)
     assert (ends.temperature, ends.do_sample) == (0.6, True)  # what the decoder's own folder says else
     assert (out / "tokenizer.json").is_file() and (out / "tokenizer_config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # in huggingface_hub's uploads
+def test_a_pushed_run_is_read_from_the_hub(make_run, hub):
+    run, place = make_run(TIED, "aligner,projector,lora"), "hf://lab/reports"
+    go(["push", run, "lab/reports"])
+    assert is_language_run(place)
+    (ours, _, words), (theirs, config, again) = assemble(run), assemble(place)
+    same(merge(flatten(ours.decoder), LORA), flatten(theirs.decoder))
+    same(flatten(ours.aligner), flatten(theirs.aligner))
+    same(flatten(ours.projector), flatten(theirs.projector))
+    assert words.stop_ids == again.stop_ids and config["lm"]["random_decoder"] is False
+    repo = hub.repos["lab/reports"]
+    card = repo.commits[repo.branches["main"]]["README.md"].decode()
+    assert "research use only" in card and "aligner,projector,lora (LoRA of rank" in card and "/secret" not in card
+    with pytest.raises(ValueError, match="an export of a language run, for `pathflip caption`"):
+        load(place)
 
 
 @pytest.fixture(scope="module")

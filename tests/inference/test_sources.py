@@ -1,10 +1,15 @@
 """Slides below any path: what is found, what takes precedence, and what is refused."""
 
+import shutil
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 
 from pathflip_jax.inference.sources import choose, choose_one, find_sources
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "features"
 
 
 def feature_file(path, patches=4):
@@ -48,6 +53,24 @@ def test_unreadable_slides_are_reported_beside_the_others(tmp_path):
     found = find_sources(tmp_path)
     assert ids(found) == ["S1"] and [failure.slide for failure in found.failed] == ["S2"]
     assert "without its folder S2" in found.failed[0].error
+
+
+@pytest.mark.parametrize("lost", ["zarr.json", "c/0/0"])
+def test_zarr_stores_are_slides_alone_and_among_others(tmp_path, lost):
+    """One that was copied in part is refused by name, and the others are read."""
+    pytest.importorskip("zarr", reason="Zarr is not installed (extra zarr)")
+    store = tmp_path / "S1.zarr"
+    shutil.copytree(GOLDEN / "tiatoolbox" / "S1.zarr", store)
+    feature_file(tmp_path / "S2.h5")
+    shutil.copytree(store, tmp_path / "S3.zarr")
+    (tmp_path / "S3.zarr" / "features" / lost).unlink()
+    known = {"patch_size": 224}
+    assert ids(find_sources(store, known)) == ["S1"]
+    found = find_sources(tmp_path, known)
+    assert ids(found) == ["S1", "S2", "S3"] and not found.failed
+    assert [len(source.features().features) for source in found.slides[:2]] == [24, 4]
+    with pytest.raises(ValueError, match=r"S3\.zarr: .*missing.*the store was copied in part.*copy it again"):
+        found.slides[2].features()
 
 
 def test_one_of_several_is_chosen_by_id(tmp_path):

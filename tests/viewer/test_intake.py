@@ -3,6 +3,7 @@
 import time
 
 import httpx2
+import jax
 import pytest
 from starlette.testclient import TestClient
 
@@ -65,6 +66,24 @@ def test_slides_that_arrive_later_are_taken_once_they_are_whole(encoder, waiting
     new.write_bytes(content)
     until(lambda: len(waiting) == 4 and waiting[3].features is not None)
     assert waiting[3].slide_id == "new" and waiting[3].image == new and 3 in told
+    found.stop()
+
+
+def test_a_fault_of_the_machine_ends_one_slide_only(encoder, waiting, capsys):
+    encoder.free.set()
+    works = encoder.encode
+
+    def encode(sources, on_progress):
+        if sources[0].slide_id == "A":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        yield from works(sources, on_progress)
+
+    encoder.encode = encode
+    found = Intake(waiting, encoder)
+    found.start()
+    until(lambda: waiting[1].features is not None)
+    assert found.progress(0) == {"state": "failed", "error": "RESOURCE_EXHAUSTED: out of memory"}
+    assert "slide A is not encoded: RESOURCE_EXHAUSTED" in capsys.readouterr().err
     found.stop()
 
 

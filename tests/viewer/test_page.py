@@ -340,6 +340,7 @@ def test_a_slide_that_arrives_is_encoded_while_its_questions_wait(tab, session, 
         check_accessibility(tab)
         encoder.free.set()
         wait_for(tab, "state.layers.length && state.layers.every((layer) => layer.path)")
+        tab.goto("about:blank")  # it asks for nothing more when the server ends
     assert encoder.begun == ["S1"]
 
 

@@ -51,7 +51,7 @@ def test_the_page_and_all_it_loads_are_there(client):
             assert f'"page/{name}"' in page.text or name.startswith("LICENSE")
     data = page_data(client)
     assert [slide["id"] for slide in data["slides"]] == [f"S{i:02d}" for i in range(24)]
-    assert (data["encoder"], data["live"], data["language"]) == ("tiny", True, False)
+    assert (data["encoder"], data["live"], data["grows"], data["language"]) == ("tiny", True, False, False)
     assert "research use only" in data["notice"]
     assert [slide["image"] for slide in data["slides"]] == [i < 6 for i in range(24)]
 

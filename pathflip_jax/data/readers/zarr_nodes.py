@@ -51,6 +51,9 @@ def groups_of(folder: Path) -> list[str]:
 def _kind(store: Path, root: dict[str, Any]) -> str:
     if root["node_type"] == "array":
         return f"a single array of shape {tuple(root.get('shape', ()))}"
+    for name in (FEATURES, *COORDS, TABLES):
+        if (store / name).is_dir() and node(store / name) is None:
+            raise Refused(f"the metadata of {name!r} are missing; {COPY}")
     if node(store / FEATURES) and any(node(store / name) for name in COORDS):
         return "arrays"
     if (store / TABLES).is_dir() and groups_of(store / TABLES):

@@ -11,6 +11,8 @@ FILES = (
     "zero_shot_windows",
     "grounding",
     "few_shot",
+    "survival",
+    "regression",
     "language",
 )
 TASKS: tuple[Task, ...] = tuple(import_module(f"{__name__}.{file}").TASK for file in FILES)

@@ -6,7 +6,7 @@ of the slides of `test` [n, C], without their labels.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,19 +100,48 @@ def attention_rounds(
     train: Labelled, val: Labelled | None, test, classes: int, *, seed: int, settings: Attention, room: tuple[int, int]
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """The class probabilities of `val` and `test` by attention MIL after every round [rounds, n, C]."""
-    bags = [*train.x, *(val.x if val is not None else []), *test]
+    unseen, objective = [*(val.x if val is not None else []), *test], Objective(_cross_entropy, classes)
+    logits = train_attention(train.x, train.y, unseen, objective, seed=seed, settings=settings, room=room)
+    probabilities = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
+    count = len(unseen) - len(test)
+    return (probabilities[:, :count] if val is not None else None), probabilities[:, count:]
+
+
+class Objective(NamedTuple):
+    """A loss of attention MIL: a function of the outputs [b, C] and targets of a batch, and the number of outputs."""
+
+    loss: Callable
+    outputs: int
+
+
+def _cross_entropy(logits: Float[Array, "b C"], labels: Int[Array, " b"]) -> Float[Array, ""]:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train_attention(
+    train: Sequence[Float[np.ndarray, "R D"]],
+    targets: Any,
+    unseen: Sequence[Float[np.ndarray, "R D"]],
+    objective: Objective,
+    *,
+    seed: int,
+    settings: Attention,
+    room: tuple[int, int],
+) -> Float[Array, "rounds n C"]:
+    """The outputs for unseen bags after every round of training on the bags `train` for their `targets`.
+
+    `targets` is an array with one row for each bag of `train`, or a tree of them; `room` as for `attention_mil`.
+    """
+    bags, n = [*train, *unseen], len(train)
     rows = np.concatenate([[0], np.cumsum([len(bag) for bag in bags])])
     flat = np.zeros((bucket(max(room[1], int(rows[-1]))), bags[0].shape[1]), np.float32)
     flat[: rows[-1]] = normalise(np.concatenate(bags)) * np.sqrt(flat.shape[1])  # entries of about unit size
     slots = np.full((len(bags), bucket(room[0])), -1, np.int32)
     for slot, first, end in zip(slots, rows, rows[1:], strict=False):
         slot[: end - first] = np.arange(first, end)
-    n, unseen = len(train.y), slots[len(train.y) :]
-    labels = np.zeros(bucket(max(n, POOL_BATCH)), np.int32)  # small numbers of shots share a compiled program
-    learnt = np.full((len(labels), slots.shape[1]), -1, np.int32)
-    labels[:n], learnt[:n] = train.y, slots[:n]
-    padded = np.full((bucket(len(unseen)), slots.shape[1]), -1, np.int32)
-    padded[: len(unseen)] = unseen
+    few = bucket(max(n, POOL_BATCH))  # small numbers of shots share a compiled program
+    given = jax.tree.map(lambda rows: _padded(rows, few, 0), targets)
+    learnt, padded = _padded(slots[:n], few, -1), _padded(slots[n:], bucket(len(unseen)), -1)
     rng = np.random.default_rng(seed)
     steps = max(-(-n // settings.batch), settings.least_steps)
     epochs = -(-steps * settings.batch // n)
@@ -123,20 +152,26 @@ def attention_rounds(
         ]
     ).reshape(settings.rounds, steps, settings.batch)
     dropped = rng.integers(0, 2**32, (settings.rounds, steps, 2, 2), np.uint32)  # dropout seeds of each step
-    start = _start(rng, flat.shape[1], settings.hidden, classes)
-    logits = _train_attention(start, flat, learnt, labels, order.astype(np.int32), dropped, padded, settings=settings)
-    probabilities = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)[:, : len(unseen)]
-    count = len(unseen) - len(test)
-    return (probabilities[:, :count] if val is not None else None), probabilities[:, count:]
+    start, plan = _start(rng, flat.shape[1], settings.hidden, objective.outputs), (order.astype(np.int32), dropped)
+    return _train(start, flat, learnt, given, plan, padded, settings=settings, loss_of=objective.loss)[:, : len(unseen)]
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def _train_attention(start, flat, slots, labels, order, dropped, unseen, *, settings: Attention):
-    """The logits of unseen bags after every round of training on the bags `slots`, in the given order of batches."""
+def _padded(rows: np.ndarray, count: int, value: int) -> np.ndarray:
+    """The rows with others of `value` below them, `count` in all, in 32 bits."""
+    rows = np.asarray(rows)
+    kind = np.float32 if rows.dtype.kind == "f" else np.int32
+    found = np.full((count, *rows.shape[1:]), value, bool if rows.dtype == bool else kind)
+    found[: len(rows)] = rows
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "loss_of"))
+def _train(start, flat, slots, targets, plan, unseen, *, settings: Attention, loss_of: Callable):
+    """The outputs for unseen bags after every round of training; `plan` is the order of batches and dropout seeds."""
     params, tree = ravel_pytree(start)  # one vector, which compiles faster
     adam = optax.scale_by_adam()
     decay = optax.add_decayed_weights(settings.decay)
-    steps = order.shape[0] * order.shape[1]
+    steps = plan[0].shape[0] * plan[0].shape[1]
     rate = optax.scale_by_learning_rate(
         settings.learning_rate if settings.l2 else optax.cosine_decay_schedule(settings.learning_rate, steps)
     )
@@ -144,7 +179,7 @@ def _train_attention(start, flat, slots, labels, order, dropped, unseen, *, sett
 
     def loss(params, chosen, seeds):
         found = _pool(tree(params), flat, slots[chosen], settings.dropout, seeds)
-        return optax.softmax_cross_entropy_with_integer_labels(found, labels[chosen]).mean()
+        return loss_of(found, jax.tree.map(lambda rows: rows[chosen], targets))
 
     def step(state, given):
         params, moments = state
@@ -156,7 +191,7 @@ def _train_attention(start, flat, slots, labels, order, dropped, unseen, *, sett
         pool = functools.partial(_pool, tree(state[0]), flat)
         return state, jax.lax.map(lambda bag: pool(bag[None])[0], unseen, batch_size=min(POOL_BATCH, len(unseen)))
 
-    return jax.lax.scan(one_round, (params, optimizer.init(params)), (order, dropped))[1]
+    return jax.lax.scan(one_round, (params, optimizer.init(params)), plan)[1]
 
 
 def _start(rng: np.random.Generator, width: int, hidden: int, classes: int) -> dict[str, np.ndarray]:

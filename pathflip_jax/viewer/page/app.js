@@ -390,7 +390,7 @@ function start() {
   $("stage").addEventListener("pointerleave", () => ($("hover").hidden = true));
   document.addEventListener("keydown", pressed);
   drawList();
-  if (page.live) setInterval(refreshList, 2000);
+  if (page.grows) setInterval(refreshList, 2000);
   globalThis.addEventListener("hashchange", () => {
     const number = linkedSlide();
     if (number >= 0 && number !== state.number) open(number);

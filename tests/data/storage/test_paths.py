@@ -13,6 +13,10 @@ from pathflip_jax.data.storage import paths
 from pathflip_jax.evaluate.benchmark_file import read_benchmark
 from pathflip_jax.training import settings
 
+# Of options that take a path; PATH is a part of a URL as well.
+METAVARS = ("FOLDER", "DIR", "FILE", "RUN", "RECORDS", "SLIDE", "SLIDES", "CHECKPOINT", "WEIGHTS", "CSV", "JSON")
+METAVARS += ("GEOJSON", "TABLE", "YAML", "SCORES")
+
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch):
@@ -88,10 +92,11 @@ def test_every_option_that_takes_a_path_expands_it():
         for action in command._actions:
             kind = action.type
             assert kind is not int and kind is not float and not (isinstance(kind, type)), (name, action.dest)
-            if action.metavar in ("FOLDER", "DIR", "FILE", "RUN", "RECORDS", "CSV", "JSON", "TABLE", "YAML", "SCORES"):
+            if action.metavar in METAVARS:
                 assert str(kind("~/x")).startswith("/home/ada"), (name, action.dest)
                 paths_of.add(action.dest)
-    assert {"out", "records", "slides", "checkpoint", "decoder", "aligner", "tables", "scores"} <= paths_of
+    assert {"out", "records", "slide", "checkpoint", "decoder", "aligner", "cache", "within"} <= paths_of
+    assert {"slides", "tables", "scores", "tissue_from", "source", "check", "run_folders"} <= paths_of
 
 
 @pytest.mark.parametrize(
