@@ -13,6 +13,7 @@ work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 cat > "$work/without" <<'EOF'
 torch ; sys_platform == 'never'
+torchvision ; sys_platform == 'never'
 sentence-transformers ; sys_platform == 'never'
 EOF
 cat > "$work/torch-requires" <<'EOF'
@@ -64,6 +65,8 @@ lock_peers() {
     lock 3.11 peers/geojson.txt peers/geojson.in
     lock 3.11 peers/scverse.txt ../setup.cfg --extra test --extra anndata --extra spatialdata "$work/torch-requires" \
         "$work/minilm"
+    lock 3.11 peers/lazyslide.txt ../setup.cfg --extra test --extra zarr --extra anndata --extra spatialdata \
+        peers/lazyslide.in "$work/torch-requires" "$work/minilm"
     # oldest: the lowest versions that setup.cfg allows; newest: the newest of the index.
     lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" "$work/minilm" --resolution lowest-direct
     lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires" "$work/minilm"

@@ -8,12 +8,7 @@ from matplotlib.figure import Figure
 from pathflip_jax.grounding.top_patches import TopPatches
 
 ACROSS = 8  # images per row of the sheet
-TILE, GAP, SCORE, TITLE = (
-    1.2,
-    0.08,
-    0.2,
-    0.3,
-)  # inches: image, gap, score below, title above
+TILE, GAP, SCORE, TITLE = 1.2, 0.08, 0.2, 0.3  # inches: image, gap, score below, title above
 INK, MUTED = "#1d2530", "#5b6673"
 
 

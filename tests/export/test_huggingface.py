@@ -107,6 +107,15 @@ def test_auto_model_and_the_run_compute_the_same(family, run, exported, case):
     assert not whole[~there].any()
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_what_the_models_do_not_support_is_refused_by_name(exported):
+    for way in ("sdpa", "flash_attention_2"):
+        with pytest.raises(ValueError, match=r"PathFLIP2?Model does not support"):
+            transformers.AutoModel.from_pretrained(exported, attn_implementation=way)
+    with pytest.raises(ValueError, match=r"PathFLIP2?Model does not support \w+ checkpointing"):
+        transformers.AutoModel.from_pretrained(exported).gradient_checkpointing_enable()
+
+
 def test_half_an_input_gives_half_an_output(exported, case):
     model = transformers.AutoModel.from_pretrained(exported)
     found = model(input_ids=torch.from_numpy(case["caption_ids"]))

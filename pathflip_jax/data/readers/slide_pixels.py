@@ -7,7 +7,6 @@ never read here.
 """
 
 import contextlib
-import functools
 import io
 import os
 from pathlib import Path
@@ -175,17 +174,31 @@ def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
     except Unreadable as error:
         raise ValueError(str(error)) from None
     except (openslide.OpenSlideError, DamagedPixels) as error:
-        _tiles.cache_clear()  # OpenSlide handles are unusable after an error
+        close_tiles()  # OpenSlide handles are unusable after an error
         raise ValueError(f"its pixels cannot be read ({error}); the file is damaged: copy it again") from None
     with io.BytesIO() as out:
         picture.save(out, "JPEG", quality=quality)
         return {}, {"jpeg": np.frombuffer(out.getvalue(), np.uint8)}
 
 
-@functools.lru_cache(OPEN_SLIDES)
-def _tiles(path: str, changed: int, size: int) -> DeepZoomGenerator:
-    """Deep Zoom tiles of a slide, cached by its file's modification time and size."""
-    return DeepZoomGenerator(open_source(Path(path)), TILE, OVERLAP)
+_open: dict[tuple[str, int, int], tuple[PixelSource, DeepZoomGenerator]] = {}  # the last used one last
+
+
+def _tiles(*file: str | int) -> DeepZoomGenerator:
+    """Deep Zoom tiles of a slide, which is kept open, by its file's path, modification time and size."""
+    found = _open.pop(file, None)
+    if found is None:
+        source = open_source(Path(file[0]))
+        found = source, DeepZoomGenerator(source, TILE, OVERLAP)
+    _open[file] = found
+    close_tiles(OPEN_SLIDES)
+    return found[1]
+
+
+def close_tiles(but: int = 0) -> None:
+    """Close the slides that are open for tiles, but for the last ones used."""
+    while len(_open) > but:
+        _open.pop(next(iter(_open)))[0].close()
 
 
 class _opened:

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from pathflip_jax.data.readers import slide_pixels
+
 sys.path.append(str(Path(__file__).parent))
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[4] / "shared/data"))
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the slides that stay open for tiles, as the end of a worker process does."""
+    yield
+    slide_pixels.close_tiles()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_prep.slides import open_slide
 from pathflip_jax.data.pixels import tiff_format, tiff_levels
-from pathflip_jax.data.pixels.source import DamagedPixels, OpenSlideSource, Unreadable
+from pathflip_jax.data.pixels.source import DamagedPixels, LevelSource, OpenSlideSource, Unreadable
 from pathflip_jax.data.pixels.sources import open_source
 from pathflip_jax.data.readers import slide_pixels
 
@@ -97,6 +97,17 @@ def test_prepare_and_the_pictures_open_the_same_files(tmp_path, form):
     facts, arrays = slide_pixels.colours(str(path), [[0, 0]], 64, 10**9)
     assert facts["scale"] == 1.0
     np.testing.assert_array_equal(arrays["picture"][..., :3], expected)
+
+
+def test_slides_for_tiles_are_closed_when_others_are_opened(tmp_path, monkeypatch):
+    closed, close = [], LevelSource.close
+    monkeypatch.setattr(LevelSource, "close", lambda source: closed.append(source) or close(source))
+    paths = [write(tmp_path / f"{name}.ome.tif", WIDE, FORMS["16 bits"][1] | LAYOUTS["tiles"]) for name in range(6)]
+    for path in (*paths, paths[-1]):
+        slide_pixels.tile(str(path), 0, 0, 0, 90)
+    assert len(closed) == len(set(closed)) == len(paths) - slide_pixels.OPEN_SLIDES
+    slide_pixels.close_tiles()
+    assert len(closed) == len(paths)
 
 
 def test_white_is_what_the_file_says(tmp_path):
