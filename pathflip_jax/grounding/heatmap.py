@@ -25,6 +25,7 @@ COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour b
 OPACITY = 0.62
 TITLE_CHARACTERS, TITLE_LINE = 30, 0.17  # characters of a line of a panel's title, and its height in inches
 NOTE_CHARACTERS, NOTE_LINE = 42, 0.17  # the same of the note below a panel
+ABOVE = 1.0  # place of a title, in panel heights: where matplotlib puts it after measuring all ticks, a third of drawing
 INK, MUTED = "#1d2530", "#5b6673"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
@@ -87,7 +88,7 @@ def draw_panels(
     shown = axes[:count]
     if reference is not None:
         shown[0].imshow(canvas.picture, interpolation="antialiased")
-        shown[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
+        shown[0].set_title(heading, fontsize=9, color=MUTED, loc="left", y=ABOVE)
         _draw_outline(shown[0], reference, canvas)
     heats = np.stack([paint(panel.scores, coords, patch_size, canvas) for panel in panels])
     heats = smooth_covered(heats, smooth * patch_size / canvas.downsample)
@@ -115,7 +116,7 @@ def _draw_panel(axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w
     axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
     _draw_outline(axis, panel.outline, canvas)
     lines = _title_lines(panel)
-    axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
+    axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold", y=ABOVE)
     if panel.note:
         note = axis.text(0, -0.015, "\n".join(_note_lines(panel)), transform=axis.transAxes, va="top", fontsize=8)
         note.set(color=MUTED, in_layout=False)  # a long word must not push the panels apart

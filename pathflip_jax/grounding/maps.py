@@ -85,17 +85,24 @@ def window_regions(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT
     """
     passes = -(-len(slots) // context)
     length = -(-len(slots) // passes)
-    padded = np.full((length * passes, slots.shape[1]), -1, np.int32)
-    padded[: len(slots)] = slots
-    strided = padded.reshape(length, passes, -1)  # window i is in pass i % passes
+    strided = _padded(slots, length * passes).reshape(length, passes, -1)  # window i is in pass i % passes
     regions = [encode(strided[None, :, i]).regions[0, :length] for i in range(passes)]
     return np.stack(regions, axis=1).reshape(length * passes, -1)[: len(slots)]
 
 
 def window_slides(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
-    """Slide embedding of each window taken as a slide of one region; `context` windows share a call."""
-    parts = [slots[first : first + context] for first in range(0, len(slots), context)]
-    return np.concatenate([encode(part[:, None]).slide[: len(part)] for part in parts])
+    """Slide embedding of each window taken as a slide of one region; at most `context` windows share a call.
+
+    All calls have one size, so that they share a program.
+    """
+    passes = -(-len(slots) // context)
+    padded = _padded(slots, passes * -(-len(slots) // passes))
+    return np.concatenate([encode(part[:, None]).slide[: len(part)] for part in np.split(padded, passes)])[: len(slots)]
+
+
+def _padded(slots: Int[np.ndarray, "N S"], length: int) -> Int[np.ndarray, "length S"]:
+    """Windows with empty ones added, up to `length`."""
+    return np.pad(slots, ((0, length - len(slots)), (0, 0)), constant_values=-1)
 
 
 def window_means(regions: Float[np.ndarray, "N D"], slots: Int[np.ndarray, "N S"]) -> Float[np.ndarray, "N D"]:
