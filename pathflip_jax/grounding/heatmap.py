@@ -25,7 +25,7 @@ COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour b
 OPACITY = 0.62
 TITLE_CHARACTERS, TITLE_LINE = 30, 0.17  # characters of a line of a panel's title, and its height in inches
 NOTE_CHARACTERS, NOTE_LINE = 42, 0.17  # the same of the note below a panel
-ABOVE = 1.0  # place of a title, in panel heights: where matplotlib puts it after measuring all ticks, a third of drawing
+ABOVE = 1.0  # place of a title, in panel heights; matplotlib would measure all ticks for it, a third of drawing
 INK, MUTED = "#1d2530", "#5b6673"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
